@@ -1,0 +1,120 @@
+"""Oracle of sparse attention: dense scores, masked by the pattern, in plain torch.
+
+    s_ij = scale * q_i . k_j          masked where the pattern or the key mask forbids (i, j)
+    o_i  = sum_j softmax_j(s_i) v_j   q, k, v: [B, H, N, D], rotated first where `rotary` is given
+
+A masked score is -finfo.max, never -inf: a query with no legal key has N equal scores and returns the mean of v over
+all N keys, as the original does, and its scores are constants, so it gives q and k no gradient.
+
+Precision: float32 and float64 stay what they are. For 16-bit inputs the operands of both products are 16-bit (rotated
+q, k, v are rounded once, and so are the softmax weights), scores, softmax and sums are float32: what a fused kernel on
+matrix units does. Cost: two products of 2 B H N N D FLOPs and four passes over [B, H, N, N], which is what kernels
+exist to avoid.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dalle_fast.patterns import AttentionPattern
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class DenseMask(NamedTuple):
+    """The pattern over the first n positions, as this oracle uses it."""
+
+    forbidden: Tensor  # bool [N, N]
+    bias: Tensor  # [1, N, N], 0 or -finfo.max
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: AttentionPattern,
+    key_mask: Tensor | None = None,
+    text_key_mask: Tensor | None = None,
+    scale: float,
+    stable: bool = False,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Attention over the keys that `pattern` and the key masks allow; arguments were checked by the op.
+
+    Args:
+        q, k, v: [B, H, N, D], one dtype and device, any strides.
+        key_mask: bool [B, N], True = may attend, for every query.   text_key_mask: bool [B, T or fewer], for image
+            queries only.
+        rotary: raw angles [N, rot], interleaved pairs, applied to the first rot channels of q, k and v.
+        stable: softmax(alpha * (t / alpha - max)) is softmax shifted by a constant of its row, and softmax is
+            invariant to that, gradients included; torch's softmax subtracts the maximum anyway. So: no other path.
+    Returns: [B, H, N, D], dtype of q.
+    """
+    batch, heads, n, _ = q.shape
+    with torch.autocast(q.device.type, enabled=False):
+        if rotary is not None:
+            q, k, v = (rotate(t, rotary) for t in (q, k, v))
+        score_dtype = torch.float32 if q.dtype in HALF_DTYPES else q.dtype
+        queries, keys = (t.to(score_dtype).reshape(batch * heads, n, -1) for t in (q, k))
+        mask = dense_mask(pattern, n, q.device, score_dtype)
+        additive = key_mask is None and text_key_mask is None
+        # s + (-finfo.max) is exactly -finfo.max for every |s| below 2^102, so the bias equals a fill at the price of no
+        # pass over the scores, forward or backward. Only a query without a legal key tells them apart, by its gradient,
+        # and every pattern lets a query see itself.
+        scores = torch.baddbmm(
+            mask.bias if additive else queries.new_zeros(1, 1, 1),
+            queries,
+            keys.transpose(1, 2),
+            beta=1 if additive else 0,
+            alpha=scale,
+        ).unflatten(0, (batch, heads))  # [B, H, N, N]
+        if not additive:
+            forbidden = mask.forbidden
+            if key_mask is not None:
+                forbidden = forbidden | ~key_mask[:, None, None, :]
+            if text_key_mask is not None:
+                forbidden = forbidden | _image_query_mask(text_key_mask, n, pattern.layout.text_len)
+            scores = scores.masked_fill_(forbidden, -torch.finfo(score_dtype).max)
+        weights = scores.softmax(dim=-1).to(v.dtype)
+        return weights @ v
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns the pairs (2i, 2i + 1) of the first rot channels of x by `angles`; the other channels stay.
+
+    Args: x: [..., N, D].   angles: [>= N, rot], raw, the same for both channels of a pair.
+    Returns: [..., N, D], dtype of x. Sines, cosines and products are float32 at least, whatever the dtype of x:
+        angles reach thousands of radians, which 16 bits cannot hold.
+    """
+    n, rot = x.shape[-2], angles.shape[-1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    angles = angles[:n].to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    turned, rest = x[..., :rot].to(dtype), x[..., rot:]
+    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)  # [..., N, rot / 2]
+    quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return torch.cat(((turned * cos + quarter_turn * sin).to(x.dtype), rest), dim=-1)
+
+
+@lru_cache(maxsize=32)
+def dense_mask(pattern: AttentionPattern, n: int, device: torch.device, dtype: torch.dtype) -> DenseMask:
+    """The dense mask of the first n positions of `pattern`, built once per (pattern, n, device, dtype)."""
+    # A tensor made in inference mode could not take part in a later training step.
+    with torch.inference_mode(False):
+        forbidden = ~pattern.dense(n).to(device)
+        bias = torch.zeros(1, n, n, dtype=dtype, device=device)
+        return DenseMask(forbidden, bias.masked_fill_(forbidden, -torch.finfo(dtype).max))
+
+
+def _image_query_mask(text_key_mask: Tensor, n: int, text_len: int) -> Tensor:
+    """Forbidden cells [B, 1, N, N] of a mask over text keys that holds for image queries only."""
+    batch, length = text_key_mask.shape
+    forbidden = text_key_mask.new_zeros(batch, 1, n, n)
+    forbidden[:, :, text_len:, :length] = ~text_key_mask[:, None, None, :]
+    return forbidden
