@@ -1,0 +1,1 @@
+"""The models: modules with our own clean parameter names, no block sizes."""
