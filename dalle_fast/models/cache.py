@@ -1,0 +1,212 @@
+"""What decoding remembers: key / value caches typed by attention pattern, and the whole of a transformer's state.
+
+An image token's keys are kept only as long as the pattern can still ask for them: a ring of 1 + (largest distance the
+predicate allows) + slack slots, in raster order; `axial_col` keeps everything, column by column, so that a column is
+read in one piece; `full` keeps everything. Keys and values are stored rotated.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dalle_fast.models.token_shift import ShiftCache
+from dalle_fast.patterns import AttentionPattern
+
+if TYPE_CHECKING:
+    from dalle_fast.layout import TokenLayout
+
+Piece = slice | Tensor  # where some of a query's keys stand in a cache
+
+
+class KVCache:
+    """Keys and values of one attention layer: [B, H, T + slots, D], text first.
+
+    Args:
+        pattern: whose windows must stay readable.
+        slack: longest step - 1 + longest rollback.
+        like: [B, H, N, D], a tensor of the dtype, device and sizes to store.
+    """
+
+    def __init__(self, pattern: AttentionPattern, slack: int, like: Tensor) -> None:
+        self.pattern = pattern
+        self.slot_of = slots_of_positions(pattern, slack)
+        batch, heads, _, dim_head = like.shape
+        size = pattern.layout.text_len + ring_slots(pattern, slack)
+        self.k = like.new_empty(batch, heads, size, dim_head)
+        self.v = like.new_empty(batch, heads, size, dim_head)
+        self._pieces = WindowPieces.of(pattern, slack, like.device)
+        self._device = like.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def write(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Remembers k, v [B, H, M, D] of positions start .. start + M - 1; of more than fit, the last."""
+        n = k.shape[2]
+        if n == 1:
+            slot = self.slot_of[start]
+            self.k[:, :, slot] = k[:, :, 0]
+            self.v[:, :, slot] = v[:, :, 0]
+            return
+        text_len = self.pattern.layout.text_len
+        first_image = max(start, text_len, start + n - (self.k.shape[2] - text_len))
+        kept = [p for p in range(start, start + n) if p < text_len or p >= first_image]
+        slots = torch.tensor([self.slot_of[p] for p in kept], device=self._device)
+        rows = torch.tensor([p - start for p in kept], device=self._device)
+        self.k.index_copy_(2, slots, k.index_select(2, rows))
+        self.v.index_copy_(2, slots, v.index_select(2, rows))
+
+    def window(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values the query at `position` attends to, as pieces ([B, H, W, D], [B, H, W, D])."""
+        return [(_take(self.k, piece), _take(self.v, piece)) for piece in self._pieces.at(position)]
+
+    def union_window(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For the queries start .. start + n - 1: every key any of them may see, its values, and bool [n, W] who may."""
+        query = torch.arange(start, start + n)
+        key = torch.arange(start + n)
+        allowed = self.pattern.allowed(query[:, None], key[None, :])
+        seen = allowed.any(dim=0).nonzero().flatten()
+        index = torch.tensor([self.slot_of[p] for p in seen.tolist()], device=self._device)
+        return self.k.index_select(2, index), self.v.index_select(2, index), allowed[:, seen].to(self._device)
+
+
+class DecodeCache:
+    """The state of a transformer behind a prefix: what each layer remembers, and how many positions have been read.
+
+    Args:
+        max_step: most positions one later step may add.   max_rollback: most positions that may be taken back.
+
+    Layers make their parts on first use, so the cache takes dtype, device and batch size from the activations.
+    """
+
+    def __init__(self, layout: TokenLayout, *, max_step: int = 1, max_rollback: int = 0) -> None:
+        if max_step < 1 or max_rollback < 0:
+            raise ValueError(f"DecodeCache: max_step must be >= 1 and max_rollback >= 0, got {max_step} and {max_rollback}.")
+        self.layout = layout
+        self.max_step = max_step
+        self.max_rollback = max_rollback
+        self.offset = 0
+        self._furthest = 0
+        self._parts: dict[tuple[int, str], KVCache | ShiftCache] = {}
+
+    @property
+    def slack(self) -> int:
+        return self.max_step - 1 + self.max_rollback
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(part.nbytes for part in self._parts.values() if isinstance(part, KVCache))
+
+    def layer(self, index: int, name: str) -> LayerCache:
+        """The part of branch `name` ("attn" or "ff") of block `index`."""
+        return LayerCache(self, index, name)
+
+    def advance(self, n: int) -> None:
+        """Counts n positions as read; called once every layer has seen them."""
+        self.offset += n
+        self._furthest = max(self._furthest, self.offset)
+
+    def rollback(self, n: int) -> None:
+        """Takes the last n positions back. Raises ValueError beyond the start or `max_rollback`."""
+        deepest = min(self.offset, self.max_rollback - (self._furthest - self.offset))
+        if not 0 <= n <= deepest:
+            raise ValueError(
+                f"rollback: n must be in 0..{deepest}, got {n}. The cache is at position {self.offset} and was made for "
+                f"rollbacks of {self.max_rollback}."
+            )
+        self.offset -= n
+
+    def check_step(self, n: int, length: int) -> None:
+        """Raises ValueError where n more positions do not fit behind the prefix."""
+        if self.offset > 0 and n > self.max_step:
+            raise ValueError(f"cache: a step must add at most max_step={self.max_step} positions, got {n}.")
+        if self.offset + n > length:
+            raise ValueError(f"cache: {self.offset} positions read and {n} more exceed the sequence of {length}.")
+
+
+class LayerCache:
+    """A `DecodeCache` as one branch of one block sees it."""
+
+    def __init__(self, state: DecodeCache, index: int, name: str) -> None:
+        self.state, self._index, self._name = state, index, name
+
+    @property
+    def offset(self) -> int:
+        return self.state.offset
+
+    def shift(self, x: Tensor) -> ShiftCache:
+        """The token shift's part, made for activations like x."""
+        return self._part("shift", lambda: ShiftCache(self.state.layout, self.state.slack, x))
+
+    def keys(self, pattern: AttentionPattern, like: Tensor) -> KVCache:
+        """The attention's part, made for keys like `like`."""
+        return self._part("keys", lambda: KVCache(pattern, self.state.slack, like))
+
+    def _part(self, kind: str, make):
+        key = (self._index, f"{self._name}.{kind}")
+        if key not in self.state._parts:
+            self.state._parts[key] = make()
+        return self.state._parts[key]
+
+
+# ------------------------------------------------------------------------------------------------ derived from the predicate
+
+
+def ring_slots(pattern: AttentionPattern, slack: int) -> int:
+    """Image slots a cache of this pattern needs: 1 + largest distance + slack, at most one for each image token."""
+    n_image = pattern.layout.n_image
+    if pattern.name in ("axial_col", "paper_col"):  # stored column by column, where a ring would save next to nothing
+        return n_image
+    return min(n_image, 1 + pattern.max_image_distance() + slack)
+
+
+@lru_cache(maxsize=64)
+def slots_of_positions(pattern: AttentionPattern, slack: int) -> tuple[int, ...]:
+    """Where each position of the layout is kept: text at itself, image tokens in a ring behind it or column by column."""
+    layout, slots = pattern.layout, ring_slots(pattern, slack)
+    text = list(range(layout.text_len))
+    if pattern.name in ("axial_col", "paper_col"):
+        image = [(p % layout.grid_cols) * layout.grid_rows + p // layout.grid_cols for p in range(layout.n_image)]
+    else:
+        image = [p % slots for p in range(layout.n_image)]
+    return tuple(text + [layout.text_len + slot for slot in image])
+
+
+class WindowPieces:
+    """The slots of every position's window, found on first use and shared by all caches of a pattern."""
+
+    def __init__(self, pattern: AttentionPattern, slack: int, device: torch.device) -> None:
+        self._pattern, self._device = pattern, device
+        self._slot_of = slots_of_positions(pattern, slack)
+        self._known: dict[int, tuple[Piece, ...]] = {}
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(pattern: AttentionPattern, slack: int, device: torch.device) -> WindowPieces:
+        return WindowPieces(pattern, slack, device)
+
+    def at(self, position: int) -> tuple[Piece, ...]:
+        """`pattern.window(position)` as slots: one or two slices, or the text's slice and an index tensor."""
+        if position not in self._known:
+            self._known[position] = self._find(position)
+        return self._known[position]
+
+    def _find(self, position: int) -> tuple[Piece, ...]:
+        slots = sorted(self._slot_of[p] for p in self._pattern.window(position).tolist())
+        breaks = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
+        runs = [slots[a:b] for a, b in zip([0, *breaks], [*breaks, len(slots)])]
+        if len(runs) <= 2:
+            return tuple(slice(run[0], run[-1] + 1) for run in runs)
+        first = runs[0]  # all of the text, but in block_sparse
+        rest = torch.tensor(slots[len(first) :], device=self._device)
+        return slice(first[0], first[-1] + 1), rest
+
+
+def _take(cache: Tensor, piece: Piece) -> Tensor:
+    return cache[:, :, piece] if isinstance(piece, slice) else cache.index_select(2, piece)
