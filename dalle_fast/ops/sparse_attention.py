@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast import dispatch
+from dalle_fast.ops.checks import check_one_device, check_one_dtype, dtype_name
 from dalle_fast.patterns import AttentionPattern
 from dalle_fast.reference import sparse_attention as reference
 
@@ -62,16 +63,11 @@ def facts(q: Tensor, pattern: AttentionPattern) -> dict[str, object]:
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> None:
     if not isinstance(pattern, AttentionPattern):
         raise TypeError(
-            f"{OP}: pattern must be an AttentionPattern, got {type(pattern).__name__}. Make one with dalle_fast.patterns.make."
+            f"{OP}: pattern must be an AttentionPattern, got {type(pattern).__name__}."
+            " Make one with dalle_fast.patterns.make."
         )
-    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"{OP}: q, k, v must have one floating dtype, got {_dtype(q)}, {_dtype(k)}, {_dtype(v)}. Convert them with .to(dtype)."
-        )
-    if not q.device == k.device == v.device:
-        raise ValueError(
-            f"{OP}: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}. Move them with .to(device)."
-        )
+    check_one_dtype(OP, q=q, k=k, v=v)
+    check_one_device(OP, q=q, k=k, v=v)
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
             f"{OP}: q, k, v must be of one shape [B, H, N, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
@@ -88,13 +84,15 @@ def _check_rotary(rotary: Tensor, q: Tensor) -> Tensor:
     n, width = q.shape[2:]
     if rotary.dtype != torch.float32:
         raise TypeError(
-            f"{OP}: rotary must hold raw angles in float32, got {_dtype(rotary)}. Angles reach thousands of radians: keep them"
-            " float32 whatever the model's dtype."
+            f"{OP}: rotary must hold raw angles in float32, got {dtype_name(rotary)}. Angles reach thousands of"
+            " radians: keep them float32 whatever the model's dtype."
         )
     if rotary.requires_grad:
         raise ValueError(f"{OP}: rotary must be a constant, got a tensor that requires a gradient. Detach it.")
     if rotary.device != q.device:
-        raise ValueError(f"{OP}: rotary must be on the device of q, {q.device}, got {rotary.device}. Move it with .to(device).")
+        raise ValueError(
+            f"{OP}: rotary must be on the device of q, {q.device}, got {rotary.device}. Move it with .to(device)."
+        )
     if rotary.dim() != 2 or rotary.shape[0] < n or rotary.shape[1] % 2 or rotary.shape[1] > width:
         raise ValueError(
             f"{OP}: rotary must be [>= N={n}, rot] with rot even and at most D={width}, got {list(rotary.shape)}."
@@ -113,15 +111,11 @@ def _check_key_mask(key_mask: Tensor, q: Tensor, pattern: AttentionPattern) -> d
     if key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[0] != batch or key_mask.shape[1] < needed:
         error = TypeError if key_mask.dtype != torch.bool else ValueError
         raise error(
-            f"{OP}: key_mask must be bool [B={batch}, {letter}={length}] for pattern {pattern.name!r}, got {_dtype(key_mask)}"
-            f" {list(key_mask.shape)}. Did you leave out <bos>?"
+            f"{OP}: key_mask must be bool [B={batch}, {letter}={length}] for pattern {pattern.name!r},"
+            f" got {dtype_name(key_mask)} {list(key_mask.shape)}. Did you leave out <bos>?"
         )
     if key_mask.device != q.device:
         raise ValueError(
             f"{OP}: key_mask must be on the device of q, {q.device}, got {key_mask.device}. Move it with .to(device)."
         )
     return {"key_mask" if every_query else "text_key_mask": key_mask[:, :needed]}
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

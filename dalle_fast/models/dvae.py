@@ -1,0 +1,251 @@
+"""The discrete VAE: pictures to a grid of codes and back, trained through a gumbel softmax.
+
+    image [B, c, S, S] -> encoder: num_layers strided convolutions, residual blocks -> features [B, F, S/2^L, S/2^L]
+    features -> gumbel_codebook (1x1 convolution to num_tokens logits, noise, softmax, codebook) -> decoder -> image
+
+Parameter names are those of dalle_pytorch 1.6.6. Pictures are normalised inside; the decoder returns normalised ones.
+Source: DALLE-pytorch DiscreteVAE; DALL-E paper, section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_fast.models.saving import Pretrained
+from dalle_fast.ops.gumbel_codebook import gumbel_codebook
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+
+
+class ResBlock(nn.Module):
+    """x + three convolutions of x, [B, C, h, w] to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+class DiscreteVAE(Pretrained):
+    """A discrete VAE with the arguments of dalle_pytorch 1.6.6.
+
+    Args:
+        image_size: S, a power of two.   num_tokens: K, codes.   codebook_dim: D.   num_layers: L, halvings of S.
+        num_resnet_blocks: residual blocks at each end.   hidden_dim: width of convolutions.   channels: of a picture.
+        smooth_l1_loss: that instead of the mean squared error.   temperature: of the softmax where forward names none.
+        straight_through, reinmax: hard codes forward, see `gumbel_codebook`; reinmax acts with straight_through only.
+        kl_div_loss_weight: times the KL divergence from the uniform distribution, summed over batch and positions.
+        normalization: (means, stds), one number a channel, or None. Longer ones are cut to `channels`, shorter ones
+            repeat their last number: the default leaves channels from the fourth (alpha) on as they are.
+    Raises: ValueError (an argument out of range, in words).
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        num_tokens: int = 512,
+        codebook_dim: int = 512,
+        num_layers: int = 3,
+        num_resnet_blocks: int = 0,
+        hidden_dim: int = 64,
+        channels: int = 3,
+        smooth_l1_loss: bool = False,
+        temperature: float = 0.9,
+        straight_through: bool = False,
+        reinmax: bool = False,
+        kl_div_loss_weight: float = 0.0,
+        normalization: Normalization | None = ((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0)),
+    ) -> None:
+        super().__init__()
+        at_least_one = dict(num_tokens=num_tokens, codebook_dim=codebook_dim, num_layers=num_layers)
+        at_least_one |= dict(hidden_dim=hidden_dim, channels=channels)
+        for name, value in at_least_one.items():
+            _check_minimum(name, value, 1)
+        _check_minimum("num_resnet_blocks", num_resnet_blocks, 0)
+        _check_image_size(image_size, num_layers)
+        self.image_size = image_size
+        self.num_tokens = num_tokens
+        self.num_layers = num_layers
+        self.channels = channels
+        self.temperature = temperature
+        self.straight_through = straight_through
+        self.reinmax = reinmax
+        self.kl_div_loss_weight = kl_div_loss_weight
+        self.normalization = None if normalization is None else _per_channel(normalization, channels)
+        self.loss_fn = F.smooth_l1_loss if smooth_l1_loss else F.mse_loss
+
+        self.codebook = nn.Embedding(num_tokens, codebook_dim)
+        self.encoder = _encoder(channels, hidden_dim, num_layers, num_resnet_blocks, num_tokens)
+        self.decoder = _decoder(channels, hidden_dim, num_layers, num_resnet_blocks, codebook_dim)
+
+    @property
+    def grid_size(self) -> int:
+        """Rows, and columns, of the code grid of a picture."""
+        return self.image_size // 2**self.num_layers
+
+    def norm(self, images: Tensor) -> Tensor:
+        """(images - mean) / std by channel, a new tensor; `images` itself where normalization is None."""
+        if self.normalization is None:
+            return images
+        means, stds = (images.new_tensor(values).view(-1, 1, 1) for values in self.normalization)
+        return (images - means) / stds
+
+    @torch.no_grad()
+    def get_codebook_indices(self, images: Tensor) -> Tensor:
+        """The codes of pictures, without noise.
+
+        Args: images [B, c, S, S], not normalised.
+        Returns: int64 [B, n], raster order. No layer here depends on the training flag, so it is left alone.
+        """
+        return self(images, return_logits=True).argmax(dim=1).flatten(1)
+
+    def decode(self, img_seq: Tensor) -> Tensor:
+        """Pictures of code grids.
+
+        Args: img_seq: int64 or int32 [B, n], n a square number, ids below num_tokens.
+        Returns: [B, c, sqrt(n) 2^L, sqrt(n) 2^L], normalised as the inputs of training were.
+        """
+        side = self._check_codes(img_seq)
+        embeds = self.codebook(img_seq).unflatten(1, (side, side))  # [B, h, w, D]
+        return self.decoder(embeds.permute(0, 3, 1, 2))
+
+    def forward(
+        self,
+        img: Tensor,
+        return_loss: bool = False,
+        return_recons: bool = False,
+        return_logits: bool = False,
+        temp: float | None = None,
+        gumbel_noise: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Reconstructs pictures through noisily chosen codes.
+
+        Args:
+            img: [B, c, S, S], not normalised.   temp: temperature; default the model's (0.0 is a value, and refused).
+            return_logits: only the logits of every code.   return_loss: the loss.   return_recons: (loss, pictures).
+            gumbel_noise: [B, K, h, w] instead of fresh noise, whose seed comes from torch's default generator.
+        Returns: pictures [B, c, S, S], normalised; or logits [B, K, h, w]; or the scalar loss; or loss and pictures.
+        Raises: ValueError (wrong size, channels, temperature or noise).
+        """
+        self._check_image(img)
+        img = self.norm(img)
+        if return_logits:
+            return self.encoder(img)
+
+        features = self.encoder[:-1](img)
+        to_logits = self.encoder[-1]
+        with_kl = return_loss and self.kl_div_loss_weight != 0
+        dtype = features.dtype  # autocast: 16-bit features beside float32 parameters
+        embeds, _, _, kl = gumbel_codebook(
+            features,
+            to_logits.weight.flatten(1).to(dtype),
+            to_logits.bias.to(dtype),
+            self.codebook.weight.to(dtype),
+            temperature=self.temperature if temp is None else temp,
+            straight_through=self.straight_through,
+            reinmax=self.reinmax,
+            with_kl=with_kl,
+            gumbel_noise=gumbel_noise,
+        )
+        out = self.decoder(embeds)
+        if not return_loss:
+            return out
+
+        loss = self.loss_fn(out, img)
+        if kl is not None:
+            loss = loss + kl * self.kl_div_loss_weight
+        return (loss, out) if return_recons else loss
+
+    def _check_image(self, img: Tensor) -> None:
+        wanted = (self.channels, self.image_size, self.image_size)
+        if img.dim() != 4 or tuple(img.shape[1:]) != wanted:
+            raise ValueError(
+                f"DiscreteVAE: img must be [B, {', '.join(map(str, wanted))}] (channels, then image_size twice), got"
+                f" {list(img.shape)}. Resize or convert the pictures, or build the VAE with their channels and size."
+            )
+        if not img.dtype.is_floating_point:
+            raise TypeError(f"DiscreteVAE: img must be floating, in 0..1, got {img.dtype}. Divide bytes by 255.")
+
+    def _check_codes(self, img_seq: Tensor) -> int:
+        """Side of the square grid of codes."""
+        if img_seq.dtype not in (torch.int32, torch.int64) or img_seq.dim() != 2:
+            raise TypeError(
+                f"DiscreteVAE.decode: img_seq must be int64 [B, n], got {img_seq.dtype} {list(img_seq.shape)}."
+                " Give the ids that get_codebook_indices returns."
+            )
+        n = img_seq.shape[1]
+        side = isqrt(n)
+        if side * side != n or n == 0:
+            raise ValueError(
+                f"DiscreteVAE.decode: n must be a square number, got {n}. Give whole square grids of codes."
+            )
+        if img_seq.numel() and not 0 <= int(img_seq.min()) <= int(img_seq.max()) < self.num_tokens:
+            raise ValueError(
+                f"DiscreteVAE.decode: ids must be in 0..{self.num_tokens - 1}, got"
+                f" {int(img_seq.min())}..{int(img_seq.max())}. Leave out text ids, padding and -1 for unknown."
+            )
+        return side
+
+
+def _encoder(channels: int, hidden: int, n_layers: int, n_blocks: int, num_tokens: int) -> nn.Sequential:
+    widths = [channels] + [hidden] * n_layers
+    halve = [
+        nn.Sequential(nn.Conv2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU())
+        for wide_in, wide_out in zip(widths, widths[1:])
+    ]
+    blocks = [ResBlock(hidden) for _ in range(n_blocks)]
+    return nn.Sequential(*halve, *blocks, nn.Conv2d(hidden, num_tokens, 1))
+
+
+def _decoder(channels: int, hidden: int, n_layers: int, n_blocks: int, codebook_dim: int) -> nn.Sequential:
+    # With residual blocks a 1x1 convolution brings the codes to their width; without, the first doubling does.
+    blocks = [nn.Conv2d(codebook_dim, hidden, 1)] + [ResBlock(hidden) for _ in range(n_blocks)] if n_blocks else []
+    widths = [hidden if n_blocks else codebook_dim] + [hidden] * n_layers
+    double = [
+        nn.Sequential(nn.ConvTranspose2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU())
+        for wide_in, wide_out in zip(widths, widths[1:])
+    ]
+    return nn.Sequential(*blocks, *double, nn.Conv2d(hidden, channels, 1))
+
+
+def _check_minimum(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"DiscreteVAE: {name} must be at least {minimum}, got {value}.")
+
+
+def _check_image_size(image_size: int, num_layers: int) -> None:
+    if image_size < 1 or image_size & (image_size - 1):
+        raise ValueError(f"DiscreteVAE: image_size must be a power of two, got {image_size}. Resize the pictures.")
+    if image_size < 2**num_layers:
+        raise ValueError(
+            f"DiscreteVAE: image_size must be at least 2^num_layers = {2**num_layers}, got {image_size}."
+            " Take fewer layers."
+        )
+
+
+def _per_channel(normalization: Normalization, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(means, stds) of `channels` numbers each."""
+    if len(normalization) != 2 or not all(len(values) for values in normalization):
+        raise ValueError(
+            f"DiscreteVAE: normalization must be (means, stds), one number a channel, got {normalization!r}."
+            " Give None for no normalization."
+        )
+    means, stds = ((*values, *([values[-1]] * channels))[:channels] for values in normalization)
+    if 0 in stds:
+        raise ValueError(
+            f"DiscreteVAE: normalization's stds must not be 0, got {stds}. Give 1 to leave a channel as it is."
+        )
+    return means, stds
