@@ -153,8 +153,12 @@ def _upstream_block_name(model: nn.Module, prefix: str, layer: str, branch: str,
     if leaf.startswith("norm"):
         wrappers = 1
     elif leaf.startswith("fn."):
-        wrappers = 2 + is_attention + 2 * transformer.shift_tokens  # type: ignore[operator]
-    path = ("blocks", "f.net" if is_attention else "g.net") if transformer.reversible else ("layers", "01"[not is_attention])
+        wrappers = 2 + is_attention + 2 * _built_with(transformer, "shift_tokens")
+    path = (
+        ("blocks", "f.net" if is_attention else "g.net")
+        if _built_with(transformer, "reversible")
+        else ("layers", "01"[not is_attention])
+    )
     return ".".join([f"{prefix}layers.{path[0]}.{layer}.{path[1]}", *["fn"] * wrappers, theirs])
 
 
@@ -189,9 +193,15 @@ def _check_options(model: nn.Module, prefixes: set[str], state_dict: Mapping[str
 
 
 def _check_option(option: str, trained_with: bool, transformer: nn.Module) -> None:
-    built_with = bool(getattr(transformer, option))
+    built_with = _built_with(transformer, option)
     if trained_with != built_with:
         raise ValueError(
             f"load_state_dict: weights trained with {option}={trained_with} must go into a model built so, "
             f"got one with {option}={built_with}. Build the model with {option}={trained_with}."
         )
+
+
+def _built_with(transformer: nn.Module, option: str) -> bool:
+    if option == "reversible":
+        return bool(transformer.reversible)
+    return transformer.blocks[0].attn.layout is not None  # type: ignore[union-attr, index]

@@ -246,7 +246,7 @@ def _card(model: nn.Module) -> str:
     name, n_parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
     return (
         f"# {name}\n\nA {name} of dalle_fast with {n_parameters:,} parameters.\n\n"
-        f"```python\nfrom dalle_fast import {name}\n\nmodel = {name}.from_pretrained(\".\")\n```\n"
+        f'```python\nfrom dalle_fast import {name}\n\nmodel = {name}.from_pretrained(".")\n```\n'
     )
 
 
@@ -287,7 +287,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"from_pretrained: {path} must be JSON, got something else ({error}). Save it again.") from error
+        raise ValueError(
+            f"from_pretrained: {path} must be JSON, got something else ({error}). Save it again."
+        ) from error
     missing = {"format_version", "class", "arguments"} - set(config if isinstance(config, dict) else ())
     if missing:
         raise ValueError(f"from_pretrained: {path} must name {', '.join(sorted(missing))}, got none. Save it again.")
