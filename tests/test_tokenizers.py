@@ -2,13 +2,13 @@
 
 import gzip
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import FOLDER, golden
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dalle_fast.tokenizer import ChineseTokenizer, HugTokenizer, SimpleTokenizer
@@ -16,9 +16,8 @@ from dalle_fast.tokenizers import find_clip_merges
 from dalle_fast.tokenizers.clip_bpe import DefaultTokenizer
 from dalle_fast.tokenizers.merges import MERGES_VARIABLE, N_MERGES
 
-GOLDEN = Path(__file__).parent / "golden"
-CASE = json.loads((GOLDEN / "tokenizer_cases.json").read_text())
-HUG_FILE = GOLDEN / CASE["hug_file"]
+CASE = golden("tokenizer").spec
+HUG_FILE = FOLDER / CASE["hug_file"]
 
 
 @pytest.fixture(scope="session")
@@ -151,18 +150,18 @@ def test_hug_tokenizer_leaves_out_padding_and_ids_it_does_not_hold():
 
 
 def test_hug_tokenizer_errors_are_sentences(tmp_path):
-    with pytest.raises(TypeError, match="path of a tokenizer.json, got None"):
+    with pytest.raises(TypeError, match=r"path of a tokenizer\.json, got None"):
         HugTokenizer()
-    with pytest.raises(FileNotFoundError, match="found none at .*absent.json"):
+    with pytest.raises(FileNotFoundError, match=r"found none at .*absent\.json"):
         HugTokenizer(tmp_path / "absent.json")
     with pytest.raises(FileNotFoundError, match="not its folder's"):
         HugTokenizer(tmp_path)
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json of the tokenizers library, got .*broken.json"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json of the tokenizers library, got .*broken\.json"):
         HugTokenizer(broken)
     broken.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="broken.json"):
+    with pytest.raises(ValueError, match=r"broken\.json"):
         HugTokenizer(broken)
 
 

@@ -22,6 +22,7 @@ class ChineseTokenizer(BatchTokenizer):
     def __init__(self, vocabulary: str | Path = "bert-base-chinese") -> None:
         try:
             from transformers import BertTokenizer
+            from transformers.utils import cached_file
         except ModuleNotFoundError as error:
             if error.name != "transformers":
                 raise
@@ -30,11 +31,13 @@ class ChineseTokenizer(BatchTokenizer):
                 "Install it with `pip install transformers`."
             ) from error
         try:
+            # Asked for first: from_pretrained of transformers 5 makes an empty vocabulary where it finds none.
+            cached_file(str(vocabulary), "vocab.txt", local_files_only=True)
             self.tokenizer = BertTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
         except OSError as error:
             raise FileNotFoundError(
                 f"ChineseTokenizer: vocabulary must be on this machine already, found no {str(vocabulary)!r}. "
-                "Pass a folder that holds vocab.txt of bert-base-chinese, or fetch the model into the local cache first."
+                "Pass a folder that holds vocab.txt of bert-base-chinese, or fetch it into the local cache first."
             ) from error
         self.vocab_size = self.tokenizer.vocab_size
 
