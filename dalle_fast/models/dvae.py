@@ -10,6 +10,7 @@ Source: DALLE-pytorch DiscreteVAE; DALL-E paper, section 2.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import isqrt
 
 import torch
@@ -70,10 +71,11 @@ class DiscreteVAE(Pretrained):
         normalization: Normalization | None = ((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0)),
     ) -> None:
         super().__init__()
-        at_least_one = dict(num_tokens=num_tokens, codebook_dim=codebook_dim, num_layers=num_layers)
-        at_least_one |= dict(hidden_dim=hidden_dim, channels=channels)
-        for name, value in at_least_one.items():
-            _check_minimum(name, value, 1)
+        _check_minimum("num_tokens", num_tokens, 1)
+        _check_minimum("codebook_dim", codebook_dim, 1)
+        _check_minimum("num_layers", num_layers, 1)
+        _check_minimum("hidden_dim", hidden_dim, 1)
+        _check_minimum("channels", channels, 1)
         _check_minimum("num_resnet_blocks", num_resnet_blocks, 0)
         _check_image_size(image_size, num_layers)
         self.image_size = image_size
@@ -204,7 +206,7 @@ def _encoder(channels: int, hidden: int, n_layers: int, n_blocks: int, num_token
     widths = [channels] + [hidden] * n_layers
     halve = [
         nn.Sequential(nn.Conv2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU())
-        for wide_in, wide_out in zip(widths, widths[1:])
+        for wide_in, wide_out in pairwise(widths)
     ]
     blocks = [ResBlock(hidden) for _ in range(n_blocks)]
     return nn.Sequential(*halve, *blocks, nn.Conv2d(hidden, num_tokens, 1))
@@ -216,7 +218,7 @@ def _decoder(channels: int, hidden: int, n_layers: int, n_blocks: int, codebook_
     widths = [hidden if n_blocks else codebook_dim] + [hidden] * n_layers
     double = [
         nn.Sequential(nn.ConvTranspose2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU())
-        for wide_in, wide_out in zip(widths, widths[1:])
+        for wide_in, wide_out in pairwise(widths)
     ]
     return nn.Sequential(*blocks, *double, nn.Conv2d(hidden, channels, 1))
 

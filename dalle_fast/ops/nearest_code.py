@@ -1,0 +1,44 @@
+"""Nearest code of a codebook: the contract of its arguments and the choice of implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dalle_fast import dispatch
+from dalle_fast.ops.checks import check_one_device, check_one_dtype
+from dalle_fast.reference import nearest_code as reference
+
+OP = "nearest_code"
+
+dispatch.register(OP, "reference", reference.nearest_code)
+
+
+def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool = False, impl: str = "auto") -> Tensor:
+    """The quantiser of VQ-VAE and VQGAN: for each vector the index of the code at the smallest L2 distance.
+
+    Args:
+        x: [..., D], any strides.   codebook: [K, D], K at least 1.   One floating dtype, one device.
+        normalised: scale both to length 1 first: the largest cosine wins. A vector of zeros stays one.
+        impl: "auto", or the name of one implementation.
+    Returns: int64 [...]; ties go to the lowest index. No gradient passes.
+    Raises: TypeError (dtype), ValueError (shape, device), NotImplementedError (impl lacks it), RuntimeError (no GPU, no
+        extension).
+    Numerics: distances in float32, or in float64 for float64 inputs.
+    Source: VQ-VAE, arXiv 1711.00937; normalised: ViT-VQGAN, arXiv 2110.04627.
+    """
+    check_one_dtype(OP, x=x, codebook=codebook)
+    check_one_device(OP, x=x, codebook=codebook)
+    if codebook.dim() != 2 or not len(codebook):
+        raise ValueError(
+            f"{OP}: codebook must be [K, D] with K at least 1, got {list(codebook.shape)}. Give the embedding's weight."
+        )
+    if x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(
+            f"{OP}: x must be [..., D={codebook.shape[1]}], got {list(x.shape)}. Move the channels of maps to the end."
+        )
+    return dispatch.choose(OP, impl, **facts(x, codebook)).function(x, codebook, normalised=normalised)
+
+
+def facts(x: Tensor, codebook: Tensor) -> dict[str, object]:
+    """What decides which implementation runs: `dalle_fast.explain("nearest_code", **facts(x, codebook))`."""
+    return {"device": x.device.type, "dtype": x.dtype, "n_codes": codebook.shape[0], "codebook_dim": codebook.shape[1]}
