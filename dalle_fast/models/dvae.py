@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isqrt
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -148,13 +149,13 @@ class DiscreteVAE(Pretrained):
             return self.encoder(img)
 
         features = self.encoder[:-1](img)
-        to_logits = self.encoder[-1]
+        to_logits = cast(nn.Conv2d, self.encoder[-1])
         with_kl = return_loss and self.kl_div_loss_weight != 0
         dtype = features.dtype  # autocast: 16-bit features beside float32 parameters
         embeds, _, _, kl = gumbel_codebook(
             features,
             to_logits.weight.flatten(1).to(dtype),
-            to_logits.bias.to(dtype),
+            cast(Tensor, to_logits.bias).to(dtype),
             self.codebook.weight.to(dtype),
             temperature=self.temperature if temp is None else temp,
             straight_through=self.straight_through,

@@ -57,8 +57,7 @@ def gumbel_codebook(
         )
     if seed is not None and gumbel_noise is not None:
         raise ValueError(f"{OP}: seed and gumbel_noise must not both be given, got seed={seed}. Leave one out.")
-    if gumbel_noise is None:
-        (seed,) = rng.resolve_seeds(seed, 1)
+    noise = rng.resolve_seeds(seed, 1)[0] if gumbel_noise is None else gumbel_noise.detach()
     chosen = dispatch.choose(OP, impl, **facts(features, codebook))
     return chosen.function(
         features,
@@ -66,11 +65,10 @@ def gumbel_codebook(
         bias,
         codebook,
         temperature=temperature,
-        seed=seed,
+        noise=noise,
         straight_through=straight_through,
         reinmax=reinmax,
         with_kl=with_kl,
-        noise=None if gumbel_noise is None else gumbel_noise.detach(),
     )
 
 

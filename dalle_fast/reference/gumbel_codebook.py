@@ -30,28 +30,27 @@ def gumbel_codebook(
     codebook: Tensor,
     *,
     temperature: float,
-    seed: int | None,
+    noise: Tensor | int,
     straight_through: bool = False,
     reinmax: bool = False,
     with_kl: bool = False,
-    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Embeddings of noisily chosen codes; arguments were checked by the op.
 
     Args:
         features: [B, F, h, w].   weight: [K, F].   bias: [K] or None.   codebook: [K, D].
-        noise: [B, K, h, w], or None to draw it from `seed`: row r of the B h w rows is position r of Stream.VAE.
+        noise: [B, K, h, w], or the seed to draw it from: row r of the B h w rows is position r of Stream.VAE.
     Returns: embeds [B, D, h, w] in the dtype of features; codes and noisy_codes int64 [B, h, w]; kl, a scalar in the
         dtype of the logits, or None.
     """
     batch, _, height, width = features.shape
     with torch.autocast(features.device.type, enabled=False):
         logits = _logits(features, weight, bias)
-        if noise is not None:
-            noise = _rows(noise).to(logits.dtype)
-        else:
+        if isinstance(noise, int):
             rows = torch.arange(len(logits), device=logits.device)
-            noise = gumbel_noise(seed, rows, Stream.VAE, len(codebook), device=logits.device, dtype=logits.dtype)
+            noise = gumbel_noise(noise, rows, Stream.VAE, len(codebook), dtype=logits.dtype)
+        else:
+            noise = _rows(noise).to(logits.dtype)
         noisy = logits + noise
         codes, noisy_codes = logits.argmax(dim=-1), noisy.argmax(dim=-1)
         if not straight_through:

@@ -45,7 +45,7 @@ def vocab_cross_entropy(
         x = hidden.to(dtype)
         if divide_max:
             x = x / x.detach().amax(dim=-1, keepdim=True)
-        normed = F.layer_norm(x, x.shape[-1:], *(parameter.to(dtype) for parameter in norm), eps)
+        normed = F.layer_norm(x, x.shape[-1:], norm[0].to(dtype), norm[1].to(dtype), eps)
         normed, weight = (operand.to(product_dtype).to(dtype) for operand in (normed, weight))
         bias = weight.new_zeros(len(weight)) if bias is None else bias.to(dtype)
         n, v = n_text, num_text_tokens
