@@ -1,4 +1,4 @@
-"""The attention layers under dalle_pytorch's names, constructor arguments and parameter names, for code that imports them.
+"""The attention layers under dalle_pytorch's names, with its constructor arguments and parameter names.
 
 Inside `DALLE` and `Transformer` one class takes their place (`dalle_fast.models.attention.Attention`); the pattern is
 data there. Here each class is that pattern with two projections around `dalle_fast.functional.sparse_attention`.
@@ -35,8 +35,9 @@ class _PatternAttention(nn.Module):
         """Attends.
 
         Args:
-            x: [B, N, dim], N <= seq_len.   mask: bool key mask, True = may attend; [B, N] for every query of `Attention`
-                and `SparseAttention`, [B, T] for the image queries of the other two.
+            x: [B, N, dim], N <= seq_len.
+            mask: bool key mask, True = may attend; [B, N] for every query of `Attention` and `SparseAttention`, [B, T]
+                for the image queries of the other two.
             rotary_pos_emb: raw angles [1, >= N, rot], float32.
         Returns: [B, N, dim].
         """

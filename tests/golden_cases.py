@@ -1,8 +1,8 @@
 """The golden cases of dalle_pytorch 1.6.6 (tests/golden): one loader, and one comparison with a case's own tolerance.
 
-    case = golden("dalle_full")
-    dalle = case.build_dalle()
-    case.check("logits", dalle(case.inputs["text"], case.inputs["image"]))
+case = golden("dalle_full")
+dalle = case.build_dalle()
+case.check("logits", dalle(case.inputs["text"], case.inputs["image"]))
 """
 
 from __future__ import annotations

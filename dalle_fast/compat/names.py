@@ -1,8 +1,8 @@
 """Parameter names of dalle_pytorch: ours -> those of 1.6.6, and those of any release since 0.8.0 -> ours.
 
 The original wraps a layer's function in one module per feature (LayerScale, PreNorm, token shift, cache), and each adds
-an `.fn` to every name below it; reversible blocks add `.net`. One rule covers its releases: between a layer's branch and
-the leaf (`scale`, `norm`, `norm_out`, `to_qkv`, `to_out`, `net.0`, `net.3`), wrappers say nothing and are removed.
+an `.fn` to every name below it; reversible blocks add `.net`. One rule covers its releases: between a layer's branch
+and the leaf (`scale`, `norm`, `norm_out`, `to_qkv`, `to_out`, `net.0`, `net.3`), wrappers say nothing and are removed.
 What the wrappers do tell is whether the weights were trained with token shift, which the values cannot tell: a model
 built the other way is refused.
 
@@ -44,7 +44,7 @@ _LEAVES = {
 _LEAVES_BACK = {branch: {theirs: ours for ours, theirs in leaves.items()} for branch, leaves in _LEAVES.items()}
 _BRANCH_OF = {"0": "attn", "1": "ff", "f": "attn", "g": "ff"}
 
-# wrappers around (attention, feed-forward) -> trained with token shift; >= 1.4.0 wraps attention once more for its cache
+# wrappers around (attention, feed-forward) -> trained with token shift; 1.4.0 wraps attention once more for its cache
 _SHIFT_OF_WRAPPERS = {(2, 2): False, (3, 3): True, (3, 2): False, (5, 4): True}
 
 _OURS = re.compile(r"^(?P<prefix>(?:.*\.)?)blocks\.(?P<layer>\d+)\.(?P<branch>attn|ff)\.(?P<leaf>.+)$")
@@ -102,6 +102,7 @@ def translate(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, T
     own = set(model.state_dict())
     prefixes = {m["prefix"] for m in map(_OURS.match, own) if m}
     _check_options(model, prefixes, state_dict)
+    _check_padding_ids(model, state_dict)
     first_of_head = int("to_logits.2.weight" in state_dict)  # 0.12.1 to 0.12.4 put a DivideMax before the norm
     translated: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -190,6 +191,16 @@ def _check_options(model: nn.Module, prefixes: set[str], state_dict: Mapping[str
         _check_option("reversible", kind == "blocks", transformer)
         if wrappers in _SHIFT_OF_WRAPPERS:
             _check_option("shift_tokens", _SHIFT_OF_WRAPPERS[wrappers], transformer)
+
+
+def _check_padding_ids(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses weights from before 0.9.0, which pad with id 0 under a mask and have no rows for padding ids."""
+    rows = getattr(state_dict.get("text_emb.weight"), "shape", (None,))[0]
+    if rows is not None and rows == getattr(model, "num_text_tokens", -1) - getattr(model, "text_seq_len", 0):
+        raise ValueError(
+            f"load_state_dict: text_emb.weight must have a row for every padding id, {model.num_text_tokens} in all, "
+            f"got {rows}. dalle_pytorch before 0.9.0 masked padding instead; train such weights on, or convert them."
+        )
 
 
 def _check_option(option: str, trained_with: bool, transformer: nn.Module) -> None:

@@ -144,7 +144,7 @@ _IS_A_MODEL = object()
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
-    """`init`, and afterwards `self._arguments` = what it was called with. The outermost constructor has the last word."""
+    """`init`, then `self._arguments` = what it was called with. The outermost constructor has the last word."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -363,8 +363,8 @@ def _check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"load_state_dict: tensors must have the shapes of this {type(model).__name__}, got {len(wrong)} of another "
-            f"shape ({_some(wrong, '; ')}). Build the model with the arguments the weights were trained with."
+            f"load_state_dict: tensors must have the shapes of this {type(model).__name__}, got {len(wrong)} of "
+            f"another shape ({_some(wrong, '; ')}). Build the model with the arguments the weights were trained with."
         )
 
 
