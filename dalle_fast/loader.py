@@ -134,7 +134,7 @@ class TextImageDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """A random square crop of a picture, float32 [C, image_size, image_size] in 0..1."""
         with Image.open(path) as opened:
             picture = opened.convert(self.image_mode)
-        left, top, side = _crop(*picture.size, self.resize_ratio)
+        left, top, side = _crop(picture.width, picture.height, self.resize_ratio)
         picture = picture.crop((left, top, left + side, top + side))
         picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture))  # [image_size, image_size, C], uint8

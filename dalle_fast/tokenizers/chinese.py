@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,8 +22,7 @@ class ChineseTokenizer(BatchTokenizer):
 
     def __init__(self, vocabulary: str | Path = "bert-base-chinese") -> None:
         try:
-            from transformers import BertTokenizer
-            from transformers.utils import cached_file
+            transformers = import_module("transformers")
         except ModuleNotFoundError as error:
             if error.name != "transformers":
                 raise
@@ -32,8 +32,8 @@ class ChineseTokenizer(BatchTokenizer):
             ) from error
         try:
             # Asked for first: from_pretrained of transformers 5 makes an empty vocabulary where it finds none.
-            cached_file(str(vocabulary), "vocab.txt", local_files_only=True)
-            self.tokenizer = BertTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
+            transformers.utils.cached_file(str(vocabulary), "vocab.txt", local_files_only=True)
+            self.tokenizer = transformers.BertTokenizer.from_pretrained(str(vocabulary), local_files_only=True)
         except OSError as error:
             raise FileNotFoundError(
                 f"ChineseTokenizer: vocabulary must be on this machine already, found no {str(vocabulary)!r}. "

@@ -68,7 +68,7 @@ class SimpleTokenizer(BatchTokenizer):
         ids: list[int] = []
         for piece, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(_clean(checked_text(text, "encode"))):
             if piece in _SPECIAL:
-                ids.append(self.tokenizer.token_to_id(piece))
+                ids.append(self.vocab_size - len(_SPECIAL) + _SPECIAL.index(piece))
             else:
                 ids.extend(token.id for token in self.tokenizer.model.tokenize(piece))
         return ids
