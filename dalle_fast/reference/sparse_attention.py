@@ -61,7 +61,7 @@ def sparse_attention(
         if rotary is not None:
             q, k, v = (rotate(t, rotary) for t in (q, k, v))
         score_dtype = torch.float32 if q.dtype in HALF_DTYPES else q.dtype
-        queries, keys = (t.to(score_dtype).reshape(batch * heads, n, -1) for t in (q, k))
+        queries, keys = (t.to(score_dtype).flatten(0, 1) for t in (q, k))  # [B * H, N, D]
         mask = dense_mask(pattern, n, q.device, score_dtype)
         additive = key_mask is None and text_key_mask is None
         # s + (-finfo.max) is exactly -finfo.max for every |s| below 2^102, so the bias equals a fill at the price of no
@@ -97,7 +97,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     angles = angles[:n].to(dtype)
     cos, sin = angles.cos(), angles.sin()
     turned, rest = x[..., :rot].to(dtype), x[..., rot:]
-    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)  # [..., N, rot / 2]
+    even, odd = turned.unflatten(-1, (rot // 2, 2)).unbind(-1)  # [..., N, rot / 2]
     quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
     return torch.cat(((turned * cos + quarter_turn * sin).to(x.dtype), rest), dim=-1)
 
