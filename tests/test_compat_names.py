@@ -8,6 +8,7 @@ from golden_cases import golden, names
 
 from dalle_fast import CLIP, DALLE, DiscreteVAE
 from dalle_fast.compat import translate, upstream_names
+from dalle_fast.transformer import Transformer
 
 VAE = dict(image_size=32, num_tokens=16, codebook_dim=48, num_layers=2, hidden_dim=8, num_resnet_blocks=1)
 TINY = dict(dim=48, num_text_tokens=20, text_seq_len=6, depth=1, heads=2, dim_head=24)
@@ -94,6 +95,16 @@ def test_upstream_names_of_clip_and_transformer() -> None:
     assert {f"text_transformer.{v}" for v in text_transformer.values()} == {
         v for v in mapping.values() if v.startswith("text_tr")
     }
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_a_transformer_alone_reads_its_part_of_a_file(reversible: bool) -> None:
+    case = golden("dalle_reversible" if reversible else "dalle_full")
+    transformer = case.build_dalle().transformer
+    below = {k.removeprefix("transformer."): v for k, v in case.weights.items() if k.startswith("transformer.")}
+    again = Transformer(**transformer.config)
+    again.load_state_dict(below)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in transformer.state_dict().items())
 
 
 def test_upstream_names_of_a_vae_are_its_own() -> None:

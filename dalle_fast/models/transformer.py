@@ -20,6 +20,7 @@ from dalle_fast.models.attention import Attention, FeedForward
 from dalle_fast.models.cache import DecodeCache, LayerCache
 from dalle_fast.models.reversible import reversible
 from dalle_fast.models.rotary import rotary_angles
+from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.token_shift import shift_tokens
 from dalle_fast.patterns import AttentionPattern
 
@@ -71,7 +72,7 @@ class Block(nn.Module):
         self.ff = ff
 
 
-class Transformer(nn.Module):
+class Transformer(Pretrained):
     """Blocks of attention and feed-forward over text and image tokens.
 
     Args:
