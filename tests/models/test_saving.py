@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import FOLDER
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dalle_fast import CLIP, DALLE, DiscreteVAE
 from dalle_fast.models.saving import Pretrained
+from dalle_fast.tokenizer import HugTokenizer
 
 VAE = dict(image_size=16, num_tokens=20, codebook_dim=12, num_layers=2, hidden_dim=8)
 
@@ -107,6 +109,13 @@ def test_a_tokenizer_object_saves_itself(tmp_path: Path) -> None:
         make_clip().save_pretrained(tmp_path / "other", tokenizer=3)
     with pytest.raises(FileNotFoundError, match="tokenizer must be an existing file"):
         make_clip().save_pretrained(tmp_path / "other", tokenizer=tmp_path / "none.json")
+
+
+def test_a_hug_tokenizer_comes_back(tmp_path: Path) -> None:
+    tokenizer = HugTokenizer(FOLDER / "tokenizer_hug.json")
+    make_clip().save_pretrained(tmp_path / "clip", tokenizer=tokenizer)
+    again = HugTokenizer(tmp_path / "clip" / "tokenizer.json")
+    assert again.encode("a small red bird") == tokenizer.encode("a small red bird")
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
