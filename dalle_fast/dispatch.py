@@ -45,8 +45,13 @@ def choose(op: str, impl: str = "auto", **facts: object) -> Implementation:
     """
     table = _table(op)
     if impl == "auto":
-        supported = [i for i in table.values() if i.supports(**facts) is None]
-        return max(supported, key=lambda i: i.rank)
+        best = None
+        for candidate in table.values():  # spelt out: torch.compile traces this
+            if candidate.supports(**facts) is None and (best is None or candidate.rank > best.rank):
+                best = candidate
+        if best is None:
+            raise NotImplementedError(f"{op}: no implementation supports this call. {refusals(op, **facts)}")
+        return best
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
     if impl not in table:
@@ -60,10 +65,15 @@ def choose(op: str, impl: str = "auto", **facts: object) -> Implementation:
 
 def explain(op: str, **facts: object) -> str:
     """In words: which implementation of `op` runs for a call with these facts, and why the others do not."""
-    chosen = choose(op, "auto", **facts)
-    lines = [f"{op}: runs on {chosen.name!r}."]
+    chosen = choose(op, "auto", **facts).name
+    return f"{op}: runs on {chosen!r}.\n{refusals(op, chosen, **facts)}"
+
+
+def refusals(op: str, chosen: str = "", **facts: object) -> str:
+    """Why each implementation but `chosen` does not run this call, a line each."""
+    lines = []
     for name in IMPLEMENTATIONS:
-        if name == chosen.name:
+        if name == chosen:
             continue
         implementation = _table(op).get(name)
         if implementation is None:
