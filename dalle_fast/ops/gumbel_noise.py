@@ -7,12 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dalle_fast import dispatch, rng
+from dalle_fast import _extension, dispatch, rng
 from dalle_fast.reference import gumbel_noise as reference
 
 OP = "gumbel_noise"
 
+
+def _cpu(seeds: Tensor, positions: Tensor, stream: int, n_codes: int) -> Tensor:
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    n = positions.shape[0]
+    out = torch.empty(n, n_codes, dtype=torch.float32)
+    function = _extension.library().dalle_fast_gumbel_noise
+    status = function(seeds.data_ptr(), seeds.shape[0], positions.data_ptr(), n, stream, n_codes, out.data_ptr())
+    _extension.check(status, OP)
+    return out
+
+
+def _supports_cpu(*, device: str) -> str | None:
+    return _extension.missing() if device == "cpu" else f"the extension runs on the CPU, the tensors are on {device!r}."
+
+
 dispatch.register(OP, "reference", reference.gumbel_noise)
+dispatch.register(OP, "cpu", _cpu, supports=_supports_cpu, rank=1)
 
 
 def gumbel_noise(
