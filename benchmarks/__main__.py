@@ -26,7 +26,8 @@ BUSY = 0.5  # more than this load a core before the run: times mean little
 @click.option("--impl", "providers", multiple=True, help="Run this implementation (repeatable; with one --only).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads torch may use; default: its own choice.")
-@click.option("--budget", default=20.0, show_default=True, help="Seconds of timing a case, five rounds at least.")
+@click.option("--budget", default=20.0, show_default=True, help="Seconds of timing a case.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds a case at least.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder the rows are appended in.")
 @click.pass_context
 def main(
@@ -38,6 +39,7 @@ def main(
     device: str,
     threads: int | None,
     budget: float,
+    rounds: int,
     out: Path,
 ) -> None:
     """Measures dalle_fast beside its peers, after verifying both; appends rows and prints the table."""
@@ -53,7 +55,7 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     session = Session.begin(torch.device(device), smoke=smoke)
-    settings = Settings(smoke=smoke, budget_s=budget, cases=cases, providers=providers)
+    settings = Settings(smoke=smoke, budget_s=budget, min_rounds=rounds, cases=cases, providers=providers)
     if not smoke and session.load is not None and session.load > BUSY * torch.get_num_threads():
         click.echo(f"The load of this machine is {session.load}: others are working, times will mean little.", err=True)
     report = Report()

@@ -6,14 +6,15 @@ costs in bytes and FLOPs. `run` does the rest in this order, for each case:
 1. make the inputs, let the oracle compute what is expected;
 2. every provider that can run here computes its result; one that is wrong is refused: it gets no time and the run ends
    with an error, whatever the others do;
-3. warm up by time, then time all providers in interleaved rounds (ops on cold inputs, decoding warm);
-4. peak memory in a separate call; ceilings of the machine at the case's working set; one row a provider.
+3. peak memory of a first call, warm up by time, then time all in interleaved rounds (ops on cold inputs, decoding warm);
+4. ceilings of the machine at the case's working set; one row a provider.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -207,9 +208,7 @@ def verified_jobs(
 def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Session) -> Report:
     jobs, report = verified_jobs(benchmark, case, session.device, settings.providers)
     calls = {name: job.pieces for name, job in jobs.items()}
-    for pieces in calls.values():
-        for call in pieces.values():
-            warm_up(call, 0.0 if settings.smoke else settings.warm_up_s)
+    peaks = {name: _first_calls(job, session.device, settings) for name, job in jobs.items()}
     samples = interleave(
         calls,
         Clock(session.device, cold=benchmark.cold),
@@ -224,8 +223,21 @@ def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Ses
         row = _facts(benchmark, provider, case, settings, session)
         if not settings.smoke:
             row |= _numbers(jobs[provider.name], samples[provider.name], benchmark.cost(case), case, session.ceilings)
+            row["values"]["peak"] = _value(peaks[provider.name], "B")
         report.rows.append(row)
     return report
+
+
+def _first_calls(job: Job, device: torch.device, settings: Settings) -> int | None:
+    """Warms every piece up; returns the largest peak of their first calls, bytes (None: not known, or not the job's)."""
+    known = []
+    for call in job.pieces.values():
+        began = time.perf_counter()
+        peak = peak_bytes(call, device)
+        if peak is not None:
+            known.append(peak)
+        warm_up(call, 0.0 if settings.smoke else settings.warm_up_s - (time.perf_counter() - began))
+    return max(known) if known and job.measure_memory else None
 
 
 def _facts(benchmark: Benchmark, provider: Provider, case: Case, settings: Settings, session: Session) -> Row:
@@ -255,7 +267,7 @@ def _facts(benchmark: Benchmark, provider: Provider, case: Case, settings: Setti
 
 
 def _numbers(job: Job, rounds: list[dict[str, float]], cost: Cost, case: Case, ceilings: Ceilings) -> Row:
-    """The measured part of a row: percentiles of the whole, rates, share of the ceiling, peak memory."""
+    """The measured part of a row: percentiles of the whole, rates, share of the ceiling."""
     totals = [job.combine(pieces) for pieces in rounds]
     seconds = median(totals)
     floor, limits = _floor(cost, case, ceilings)
@@ -272,10 +284,6 @@ def _numbers(job: Job, rounds: list[dict[str, float]], cost: Cost, case: Case, c
         values["rate"] = _value(cost.items / seconds, f"{cost.unit}/s")
     if floor:
         values["of_ceiling"] = _value(100 * floor / seconds, "%")
-    if job.measure_memory:
-        peaks = [peak_bytes(call, ceilings.device) for call in job.pieces.values()]
-        known = [peak for peak in peaks if peak is not None]
-        values["peak"] = _value(max(known) if known else None, "B")
     return {
         "values": values,
         "pieces": {piece: median([one[piece] for one in rounds]) for piece in job.pieces},
