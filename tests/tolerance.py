@@ -8,6 +8,9 @@ exact: the oracle in float64 on the very same numbers.   own: the oracle at the 
 that dtype. Maxima are over one tensor. Exact things (masks, indices, tokens) are compared for equality instead.
 
     check_against_oracle(kernel, oracle, (q, k, v), torch.bfloat16)
+
+A scalar can be right by luck, which leaves nothing to measure: compare scalars of several samples as one tensor. For
+two ways to one number in float64, where no better oracle exists, there is assert_same_in_float64.
 """
 
 from __future__ import annotations
@@ -38,6 +41,18 @@ def assert_within_budget(got: Tensor, exact: Tensor, own: Tensor, what: str = "r
     assert error <= allowed, (
         f"{what}: error {error:.3g}, allowed {allowed:.3g} ({error / allowed if allowed else 0:.1f}x)"
     )
+
+
+def assert_same_in_float64(got: Tensor, expected: Tensor, n_terms: int, what: str = "result") -> None:
+    """Fails unless two float64 results agree to the roundings of sums of `n_terms` terms of about the largest size.
+
+    Each of n_terms additions may be off by half a unit of the largest partial sum, in either result.
+    """
+    got, expected = got.detach(), expected.detach()
+    assert got.dtype == expected.dtype == torch.float64, f"{what}: dtypes {got.dtype}, {expected.dtype}, not float64"
+    assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
+    error, allowed = _max_error(got, expected), n_terms * torch.finfo(torch.float64).eps * _max(expected.abs())
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def outputs_and_gradients(

@@ -181,8 +181,8 @@ def test_refuses_rotary_of_another_shape(shape):
 
 def test_refuses_rounded_rotary_angles_and_learned_ones():
     expected = (
-        "sparse_attention: rotary must hold raw angles in float32, got bfloat16. Angles reach thousands of radians: keep"
-        " them float32 whatever the model's dtype."
+        "sparse_attention: rotary must hold raw angles in float32, got bfloat16. Angles reach thousands of radians:"
+        " keep them float32 whatever the model's dtype."
     )
     _refused(TypeError, expected, rotary=torch.zeros(LENGTH, 4, dtype=torch.bfloat16))
     expected = "sparse_attention: rotary must be a constant, got a tensor that requires a gradient. Detach it."
