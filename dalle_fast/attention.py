@@ -60,6 +60,8 @@ class Attention(_PatternAttention):
             scores; the patterns of `dalle_fast.patterns` do not.
     """
 
+    static_mask: Tensor | None
+
     def __init__(
         self,
         dim: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class _LayerPairs(nn.Module):
     def _pairs(self, arguments: Mapping[str, Any]) -> list[tuple[partial, partial]]:
         """Every (f, g) with the keyword arguments that are routed to it; others are left out, as the original does."""
         pairs = []
-        for i, (f, g) in enumerate(self.layers):
+        for i, pair in enumerate(self.layers):
+            f, g = cast(nn.ModuleList, pair)
             routed: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
             for name in arguments.keys() & self.args_route.keys():
                 for half, goes_there in zip(routed, self.args_route[name][i], strict=True):

@@ -10,22 +10,22 @@ from dalle_fast import CLIP, DALLE, DiscreteVAE
 from dalle_fast.compat import translate, upstream_names
 from dalle_fast.transformer import Transformer
 
-VAE = dict(image_size=32, num_tokens=16, codebook_dim=48, num_layers=2, hidden_dim=8, num_resnet_blocks=1)
-TINY = dict(dim=48, num_text_tokens=20, text_seq_len=6, depth=1, heads=2, dim_head=24)
+VAE = {"image_size": 32, "num_tokens": 16, "codebook_dim": 48, "num_layers": 2, "hidden_dim": 8, "num_resnet_blocks": 1}
+TINY = {"dim": 48, "num_text_tokens": 20, "text_seq_len": 6, "depth": 1, "heads": 2, "dim_head": 24}
 
 # layout of a default model by release: `.fn` wrappers around attention and feed-forward, index of the head's norm, what
 # the constructor defaults were, and buffers in the file
 RELEASES = {
-    "0.9.0": (2, 2, 0, dict(shift_tokens=False, rotary_emb=False), {"logits_mask": (1, 70, 42)}),
-    "0.10.0": (2, 2, 0, dict(shift_tokens=False, rotary_emb=False), {}),
-    "0.12.1": (2, 2, 1, dict(shift_tokens=False, rotary_emb=False), {}),
-    "0.12.5": (2, 2, 0, dict(shift_tokens=False, rotary_emb=False), {}),
-    "1.0.0": (3, 3, 0, dict(shift_tokens=True, rotary_emb=False), {}),
-    "1.0.1": (2, 2, 0, dict(shift_tokens=False, rotary_emb=False), {}),
-    "1.0.5": (3, 3, 0, dict(shift_tokens=True, rotary_emb=True), {"transformer.pos_emb": (1, 1, 70, 24)}),
-    "1.1.2": (3, 3, 0, dict(shift_tokens=True, rotary_emb=True), {"transformer.pos_emb": (1, 71, 24)}),
-    "1.4.0": (5, 4, 0, dict(shift_tokens=True, rotary_emb=True), {"transformer.pos_emb": (1, 71, 24)}),
-    "1.6.6 without shift": (3, 2, 0, dict(shift_tokens=False, rotary_emb=True), {"transformer.pos_emb": (1, 71, 24)}),
+    "0.9.0": (2, 2, 0, {"shift_tokens": False, "rotary_emb": False}, {"logits_mask": (1, 70, 42)}),
+    "0.10.0": (2, 2, 0, {"shift_tokens": False, "rotary_emb": False}, {}),
+    "0.12.1": (2, 2, 1, {"shift_tokens": False, "rotary_emb": False}, {}),
+    "0.12.5": (2, 2, 0, {"shift_tokens": False, "rotary_emb": False}, {}),
+    "1.0.0": (3, 3, 0, {"shift_tokens": True, "rotary_emb": False}, {}),
+    "1.0.1": (2, 2, 0, {"shift_tokens": False, "rotary_emb": False}, {}),
+    "1.0.5": (3, 3, 0, {"shift_tokens": True, "rotary_emb": True}, {"transformer.pos_emb": (1, 1, 70, 24)}),
+    "1.1.2": (3, 3, 0, {"shift_tokens": True, "rotary_emb": True}, {"transformer.pos_emb": (1, 71, 24)}),
+    "1.4.0": (5, 4, 0, {"shift_tokens": True, "rotary_emb": True}, {"transformer.pos_emb": (1, 71, 24)}),
+    "1.6.6 without shift": (3, 2, 0, {"shift_tokens": False, "rotary_emb": True}, {"transformer.pos_emb": (1, 71, 24)}),
 }
 AXIAL = {"image_row_emb": (1, 8, 1, 48), "image_col_emb": (1, 1, 8, 48)}
 
@@ -123,8 +123,19 @@ def test_own_names_stay_and_unknown_names_are_reported() -> None:
 
 
 def test_upstream_names_into_a_clip() -> None:
-    clip = CLIP(dim_text=16, dim_image=16, dim_latent=8, num_text_tokens=20, text_enc_depth=1, text_seq_len=6, text_heads=1,
-                visual_enc_depth=1, visual_heads=1, visual_image_size=16, visual_patch_size=8)  # fmt: skip
+    clip = CLIP(
+        dim_text=16,
+        dim_image=16,
+        dim_latent=8,
+        num_text_tokens=20,
+        text_enc_depth=1,
+        text_seq_len=6,
+        text_heads=1,
+        visual_enc_depth=1,
+        visual_heads=1,
+        visual_image_size=16,
+        visual_patch_size=8,
+    )
     ours, mapping = random_state(clip), upstream_names(clip)
     clip.load_state_dict({mapping[name]: tensor for name, tensor in ours.items()})
     assert all(torch.equal(tensor, ours[name]) for name, tensor in clip.state_dict().items())
@@ -164,3 +175,5 @@ def test_weights_from_before_padding_ids_are_named() -> None:
 def test_a_file_instead_of_its_dict_is_named() -> None:
     with pytest.raises(TypeError, match="must map names to tensors, got str"):
         dalle().load_state_dict("dalle.pt")
+    with pytest.raises(ValueError, match=r"Pass checkpoint\['weights'\]"):
+        dalle().load_state_dict({"hparams": {}, "weights": dalle().state_dict()})

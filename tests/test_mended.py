@@ -55,7 +55,7 @@ def close(got: Tensor, wanted: Tensor) -> bool:
     return bool(torch.allclose(got, wanted, atol=1e-4, rtol=1e-4))
 
 
-# --- B1 to B5: conditioning and caches ---------------------------------------------------------------------------------
+# --- B1 to B5: conditioning and caches -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_b5_a_primed_cache_shifts_what_it_remembers_once() -> None:
         assert close(dalle(text, codes[:, :n], cache=cache)[:, -1], dalle(text, codes[:, :n])[:, -1]), n
 
 
-# --- B6: texts ---------------------------------------------------------------------------------------------------------
+# --- B6: texts -------------------------------------------------------------------------------------------------------
 
 
 class Letters:
@@ -143,7 +143,7 @@ def test_b6_texts_go_on_as_the_model_was_trained() -> None:
         text[0, i] = wanted
 
 
-# --- B7 to B12: precision, reversible layers, input ---------------------------------------------------------------------
+# --- B7 to B12: precision, reversible layers, input ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -243,7 +243,7 @@ def test_b12_sparse_layers_without_rotary(attn_type: str, heads: int) -> None:
     assert close(alone[0], dalle(text, codes)[0])
 
 
-# --- B12a: VAE and CLIP -------------------------------------------------------------------------------------------------
+# --- B12a: VAE and CLIP ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -270,15 +270,26 @@ def test_b12a_priming_with_other_channels(channels: int, monkeypatch: pytest.Mon
 
 def test_b12a_a_masked_text_row_is_an_error() -> None:
     """The original divides by zero and returns NaN."""
-    clip = CLIP(dim_text=16, dim_image=16, dim_latent=8, num_text_tokens=60, text_enc_depth=1, text_seq_len=12,
-                text_heads=1, visual_enc_depth=1, visual_heads=1, visual_image_size=32, visual_patch_size=8)  # fmt: skip
+    clip = CLIP(
+        dim_text=16,
+        dim_image=16,
+        dim_latent=8,
+        num_text_tokens=60,
+        text_enc_depth=1,
+        text_seq_len=12,
+        text_heads=1,
+        visual_enc_depth=1,
+        visual_heads=1,
+        visual_image_size=32,
+        visual_patch_size=8,
+    )
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1] = False
     with pytest.raises(ValueError, match="text_mask must keep a token in every row, got none in row 1"):
         clip(batch()[0], torch.rand(2, 3, 32, 32), text_mask=mask)
 
 
-# --- B14, B15: import and tokenizer -------------------------------------------------------------------------------------
+# --- B14, B15: import and tokenizer ----------------------------------------------------------------------------------
 
 
 def test_b14_import_needs_no_pkg_resources() -> None:

@@ -99,6 +99,12 @@ def translate(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, T
             f"load_state_dict: state_dict must map names to tensors, got {type(state_dict).__name__}. "
             "Pass the dict itself, not the file that holds it."
         )
+    inner = [name for name in ("weights", "state_dict", "module", "model") if isinstance(state_dict.get(name), Mapping)]
+    if inner:
+        raise ValueError(
+            f"load_state_dict: state_dict must map names to tensors, got a checkpoint that holds one as {inner[0]!r}. "
+            f"Pass checkpoint[{inner[0]!r}]."
+        )
     own = set(model.state_dict())
     prefixes = {m["prefix"] for m in map(_OURS.match, own) if m}
     _check_options(model, prefixes, state_dict)

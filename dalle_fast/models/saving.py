@@ -202,10 +202,13 @@ def _write(model: Pretrained, directory: Path, dtype: torch.dtype | None, card: 
                 "Save its state_dict yourself."
             )
         _write(inner, directory / name, dtype, None)
-    tensors = {}
-    for name in _names_once(model):
-        if not _belongs_to(name, models):
-            tensors[name] = _stored(model.state_dict()[name], dtype)
+    state_dict = model.state_dict()
+    left_out = _aliases(state_dict)
+    tensors = {
+        name: _stored(tensor, dtype)
+        for name, tensor in state_dict.items()
+        if name not in left_out and not _belongs_to(name, models)
+    }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / CARD).write_text(card if card is not None else _card(model), encoding="utf-8")
@@ -383,12 +386,6 @@ def _aliases(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
             aliases[name] = first[identity]
         first.setdefault(identity, name)
     return aliases
-
-
-def _names_once(model: nn.Module) -> list[str]:
-    state_dict = model.state_dict()
-    aliases = _aliases(state_dict)
-    return [name for name in state_dict if name not in aliases]
 
 
 def _belongs_to(name: str, models: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Drawing against the original: greedy codes exactly, pictures and scores within their tolerances; a trainer's checkpoint."""
+"""Drawing against the original: greedy codes exactly, pictures and scores within tolerance; a trainer's checkpoint."""
 
 from __future__ import annotations
 

@@ -17,25 +17,36 @@ from dalle_fast import CLIP, DALLE, DiscreteVAE
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.tokenizer import HugTokenizer
 
-VAE = dict(image_size=16, num_tokens=20, codebook_dim=12, num_layers=2, hidden_dim=8)
+VAE = {"image_size": 16, "num_tokens": 20, "codebook_dim": 12, "num_layers": 2, "hidden_dim": 8}
 
 
 def make_dalle(**changes: object) -> DALLE:
-    arguments = dict(dim=24, num_text_tokens=30, text_seq_len=5, depth=4, heads=2, dim_head=12)
+    arguments = {"dim": 24, "num_text_tokens": 30, "text_seq_len": 5, "depth": 4, "heads": 2, "dim_head": 12}
     return DALLE(vae=DiscreteVAE(**VAE), **{**arguments, **changes})
 
 
 def make_clip() -> CLIP:
-    return CLIP(dim_text=16, dim_image=16, dim_latent=8, num_text_tokens=30, text_enc_depth=1, text_seq_len=5, text_heads=1,
-                visual_enc_depth=1, visual_heads=1, visual_image_size=16, visual_patch_size=8)  # fmt: skip
+    return CLIP(
+        dim_text=16,
+        dim_image=16,
+        dim_latent=8,
+        num_text_tokens=30,
+        text_enc_depth=1,
+        text_seq_len=5,
+        text_heads=1,
+        visual_enc_depth=1,
+        visual_heads=1,
+        visual_image_size=16,
+        visual_patch_size=8,
+    )
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        dict(attn_types=("full", "axial_row", "axial_col", "conv_like")),
-        dict(rotary_emb=False, shift_tokens=False, reversible=True, sandwich_norm=True),
-        dict(share_input_output_emb=True, shared_attn_ids=(0, 1, 0, 1), shared_ff_ids=("a", "b", "a", "b")),
+        {"attn_types": ("full", "axial_row", "axial_col", "conv_like")},
+        {"rotary_emb": False, "shift_tokens": False, "reversible": True, "sandwich_norm": True},
+        {"share_input_output_emb": True, "shared_attn_ids": (0, 1, 0, 1), "shared_ff_ids": ("a", "b", "a", "b")},
     ],
 )
 def test_dalle_comes_back(tmp_path: Path, options: dict) -> None:
