@@ -1,0 +1,24 @@
+// Everything Python may call: a plain C interface, so that the library depends on no version of torch or Python. The argument
+// types are written once more in dalle_fast/_extension.py. Functions that can fail return 0 for success; arguments were
+// checked by the op.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+
+#define DALLE_FAST_EXPORT extern "C" __attribute__((visibility("default")))
+
+DALLE_FAST_EXPORT const char* dalle_fast_source_digest();  // of the sources this library was built from
+DALLE_FAST_EXPORT void dalle_fast_set_parallel_for(dalle_fast::ParallelFor parallel_for);
+DALLE_FAST_EXPORT int32_t dalle_fast_isa();  // dalle_fast::Isa
+DALLE_FAST_EXPORT int32_t dalle_fast_isa_supported(int32_t isa);
+DALLE_FAST_EXPORT void dalle_fast_set_isa(int32_t isa);
+
+// out [n, n_codes]; seeds [n_seeds] with n_seeds 1 or n. Definitions: gumbel_noise.h.
+DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_noise(const uint64_t* seeds, int64_t n_seeds, const int64_t* positions,
+                                                  int64_t n, uint32_t stream, int64_t n_codes, float* out);
+// Its two halves, for tests: the words, and the noise of given words.
+DALLE_FAST_EXPORT int32_t dalle_fast_philox_words(const uint64_t* seeds, int64_t n_seeds, const int64_t* positions,
+                                                  int64_t n, uint32_t stream, int64_t n_codes, uint32_t* out);
+DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int64_t count, float* out);

@@ -1,0 +1,53 @@
+"""DALL-E style models: the modules of dalle_pytorch on kernels written for their sparse attention.
+
+Public names are resolved at first use: importing the package loads no model, no kernel and no compiled code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dalle_fast import compat, functional, patterns
+    from dalle_fast.layout import TokenLayout
+    from dalle_fast.models.clip import CLIP
+    from dalle_fast.models.dalle import DALLE
+    from dalle_fast.models.dvae import DiscreteVAE
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["CLIP", "DALLE", "DiscreteVAE", "TokenLayout", "__version__", "compat", "explain", "functional", "patterns"]
+
+_HOMES = {
+    "CLIP": "dalle_fast.models.clip",
+    "DALLE": "dalle_fast.models.dalle",
+    "DiscreteVAE": "dalle_fast.models.dvae",
+    "TokenLayout": "dalle_fast.layout",
+}
+_MODULES = ("compat", "functional", "patterns")
+
+
+def explain(op: str, **facts: object) -> str:
+    """In words: which implementation of `op` runs for a call with these facts, and why the others do not.
+
+    Args:
+        op: the name of a function of `dalle_fast.functional`.   facts: as its module's `facts(...)` gives them.
+    Raises: ValueError (unknown op).
+    """
+    from dalle_fast import dispatch
+    from dalle_fast import functional as _functional  # noqa: F401  (importing the ops registers them)
+
+    return dispatch.explain(op, **facts)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dalle_fast.{name}")
+    raise AttributeError(f"module 'dalle_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

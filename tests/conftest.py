@@ -1,0 +1,29 @@
+"""Settings of every test run: Triton interprets (no GPU needed), the header says which instruction sets are tested."""
+
+import os
+
+# Triton reads this once, at import; torch._dynamo imports triton. Compiled kernels (-m gpu) need a process of their own.
+if os.environ.get("DALLE_FAST_TEST_GPU") != "1":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from dalle_fast import _extension  # noqa: E402
+
+
+def pytest_report_header() -> list[str]:
+    """What this run tests on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    missing = _extension.missing()
+    extension = missing or f"instruction sets {', '.join(_extension.instruction_sets())}; auto takes {_extension.isa()}"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, gpu: {gpu}", f"extension: {extension}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu say why they are skipped on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU that torch can see on this machine"))
