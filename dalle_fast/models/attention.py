@@ -41,18 +41,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """x [B, N, C] -> [B, N, C]; `mask` is the key mask, `rotary` the raw angles of every position."""
-        qkv = self.to_qkv(x)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D]
         if cache is None:
+            q, k, v = qkv
             out = sparse_attention(q, k, v, pattern=self.pattern, key_mask=mask, stable=self.stable, rotary=rotary)
         else:
-            out = self._cached(q, k, v, rotary, cache)
+            out = self._cached(qkv, rotary, cache)
         return self.dropout(self.to_out(out.transpose(1, 2).flatten(2)))
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor | None, cache: LayerCache) -> Tensor:
-        start, n = cache.offset, q.shape[2]
-        if rotary is not None:
-            q, k, v = (rotate(t, rotary[start : start + n]) for t in (q, k, v))
+    def _cached(self, qkv: Tensor, rotary: Tensor | None, cache: LayerCache) -> Tensor:
+        start, n = cache.offset, qkv.shape[3]
+        q, k, v = qkv if rotary is None else rotate(qkv, rotary[start : start + n])
         kept = cache.keys(self.pattern, k)
         kept.write(k, v, start)
         if start == 0:

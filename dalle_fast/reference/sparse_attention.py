@@ -94,12 +94,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """
     n, rot = x.shape[-2], angles.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    angles = angles[:n].to(dtype)
-    cos, sin = angles.cos(), angles.sin()
-    turned, rest = x[..., :rot].to(dtype), x[..., rot:]
-    even, odd = turned.unflatten(-1, (rot // 2, 2)).unbind(-1)  # [..., N, rot / 2]
-    quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return torch.cat(((turned * cos + quarter_turn * sin).to(x.dtype), rest), dim=-1)
+    angle = angles[:n, ::2].to(dtype)  # [N, rot / 2]
+    turn = torch.polar(torch.ones_like(angle), angle)
+    # A pair is one complex number, its rotation one product: a third fewer passes than with sines and cosines apart.
+    pairs = torch.complex(x[..., :rot:2].to(dtype), x[..., 1:rot:2].to(dtype))
+    turned = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.cat((turned, x[..., rot:]), dim=-1)
 
 
 @lru_cache(maxsize=32)
