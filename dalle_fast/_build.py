@@ -136,4 +136,7 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    build()
+    if why_not() is None:
+        build()
+    else:
+        print(f"dalle_fast runs without its compiled extension: {why_not()}.")

@@ -1,0 +1,28 @@
+#!/bin/sh
+# GPU tests, then GPU measurements, from a bare checkout: nothing is installed, PYTHON's own packages are used. Ends by
+# itself within 8 minutes. Rows go to OUT.
+set -u
+cd "$(dirname "$0")/.."
+: "${PYTHON:=python3}" "${OUT:=benchmarks/results}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" DALLE_FAST_TEST_GPU=1
+
+"$PYTHON" - <<'PY' || exit 1
+import importlib.util, sys
+absent = [name for name in ("torch", "triton", "pytest") if importlib.util.find_spec(name) is None]
+if absent:
+    sys.exit(f"make gpu: {sys.executable} has no {', '.join(absent)}: name a Python that has, with PYTHON=...")
+import torch
+if not torch.cuda.is_available():
+    sys.exit(f"make gpu: torch {torch.__version__} sees no GPU on this machine; nothing was run.")
+print(f"make gpu: torch {torch.__version__}, {torch.cuda.get_device_name()}; at most 8 minutes.", flush=True)
+PY
+
+timeout 240 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests
+tests=$?
+[ "$tests" -eq 5 ] && tests=0 # no test is marked gpu
+timeout 210 "$PYTHON" -m benchmarks --device cuda --out "$OUT"
+measurements=$?
+for status in "$tests" "$measurements"; do
+    [ "$status" -eq 124 ] && echo "make gpu: stopped at its time limit." >&2
+    [ "$status" -eq 0 ] || exit "$status"
+done
