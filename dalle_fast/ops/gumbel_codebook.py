@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from dalle_fast import dispatch, rng
-from dalle_fast.ops.checks import check_one_device, check_one_dtype, check_shape
+from dalle_fast.ops.checks import check_one_device, check_one_dtype, check_shape, dtype_name
 from dalle_fast.reference import gumbel_codebook as reference
 
 OP = "gumbel_codebook"
@@ -101,6 +101,6 @@ def _check(features: Tensor, weight: Tensor, bias: Tensor | None, codebook: Tens
         check_shape(OP, "bias", bias, {"K": n_codes}, "There is one bias a code.")
     if noise is not None:
         if not noise.dtype.is_floating_point:
-            raise TypeError(f"{OP}: gumbel_noise must be floating, got {noise.dtype}. Give -log(-log(u)), not indices.")
+            raise TypeError(f"{OP}: gumbel_noise must be floating, got {dtype_name(noise)}. Give -log(-log(u)).")
         shape = {"B": batch, "K": n_codes, "h": height, "w": width}
         check_shape(OP, "gumbel_noise", noise, shape, "There is one number a code and position.")
