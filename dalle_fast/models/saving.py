@@ -29,9 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import dalle_fast
+from dalle_fast.models.state_dicts import aliases, belongs_to, check_shapes, some
+
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-_MISMATCHES_SHOWN = 4
 
 Model = TypeVar("Model", bound="Pretrained")
 PathLike = str | os.PathLike[str]
@@ -67,7 +69,7 @@ class Pretrained(nn.Module):
         from dalle_fast.compat.names import translate  # at call time: compat stands above models
 
         translated = translate(self, state_dict)
-        _check_shapes(self, translated)
+        check_shapes(self, translated)
         return super().load_state_dict(translated, strict=strict, assign=assign)
 
     def save_pretrained(
@@ -203,11 +205,11 @@ def _write(model: Pretrained, directory: Path, dtype: torch.dtype | None, card: 
             )
         _write(inner, directory / name, dtype, None)
     state_dict = model.state_dict()
-    left_out = _aliases(state_dict)
+    left_out = aliases(state_dict)
     tensors = {
         name: _stored(tensor, dtype)
         for name, tensor in state_dict.items()
-        if name not in left_out and not _belongs_to(name, models)
+        if name not in left_out and not belongs_to(name, models)
     }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -306,6 +308,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _class_named(name: str, directory: Path) -> type[Pretrained]:
+    if name in dalle_fast.__all__:
+        getattr(dalle_fast, name)  # public names are imported at first use
     classes = {cls.__name__: cls for cls in _descendants(Pretrained)}
     if name not in classes:
         raise ValueError(
@@ -344,56 +348,14 @@ def _load_weights(model: Pretrained, directory: Path, models: list[str]) -> None
             "Copy it again; it may be cut short."
         ) from error
     own = model.state_dict()
-    aliases = _aliases(own)
-    complete = {name: tensor for name, tensor in own.items() if _belongs_to(name, models)}
+    tied = aliases(own)
+    complete = {name: tensor for name, tensor in own.items() if belongs_to(name, models)}
     complete.update(stored)
-    complete.update({name: stored[first] for name, first in aliases.items() if name not in stored and first in stored})
+    complete.update({name: stored[first] for name, first in tied.items() if name not in stored and first in stored})
     missing, unknown = sorted(set(own) - set(complete)), sorted(set(complete) - set(own))
     if missing or unknown:
         raise ValueError(
-            f"from_pretrained: {path} must hold the tensors of {type(model).__name__}; missing: {_some(missing)}; "
-            f"unknown: {_some(unknown)}. Do {CONFIG} and {WEIGHTS} belong together?"
+            f"from_pretrained: {path} must hold the tensors of {type(model).__name__}; missing: {some(missing)}; "
+            f"unknown: {some(unknown)}. Do {CONFIG} and {WEIGHTS} belong together?"
         )
     model.load_state_dict(complete)
-
-
-def _check_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    wrong = [
-        f"{name}: expected {list(own[name].shape)}, found {list(tensor.shape)}"
-        for name, tensor in state_dict.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"load_state_dict: tensors must have the shapes of this {type(model).__name__}, got {len(wrong)} of "
-            f"another shape ({_some(wrong, '; ')}). Build the model with the arguments the weights were trained with."
-        )
-
-
-# --- names and tied tensors -------------------------------------------------------------------------------------------
-
-
-def _aliases(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every name of a tied tensor -> the first name of that tensor."""
-    first: dict[tuple, str] = {}
-    aliases = {}
-    for name, tensor in state_dict.items():
-        if tensor.numel() == 0:
-            continue
-        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if identity in first:
-            aliases[name] = first[identity]
-        first.setdefault(identity, name)
-    return aliases
-
-
-def _belongs_to(name: str, models: list[str]) -> bool:
-    return name.split(".", 1)[0] in models
-
-
-def _some(items: list[str], separator: str = ", ") -> str:
-    if not items:
-        return "none"
-    more = len(items) - _MISMATCHES_SHOWN
-    return separator.join(items[:_MISMATCHES_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")

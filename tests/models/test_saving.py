@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,14 @@ def test_dalle_comes_back(tmp_path: Path, options: dict) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
     text, codes = torch.randint(1, 30, (2, 5)), torch.randint(0, 20, (2, 7))
     assert torch.equal(again(text, codes), dalle(text, codes))
+
+
+def test_a_fresh_process_finds_the_classes_itself(tmp_path: Path) -> None:
+    make_dalle().save_pretrained(tmp_path / "model")
+    code = "import sys; from dalle_fast import DALLE; print(type(DALLE.from_pretrained(sys.argv[1]).vae).__name__)"
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "DiscreteVAE", done.stderr
 
 
 def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
