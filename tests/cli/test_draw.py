@@ -1,0 +1,70 @@
+"""`dalle-fast draw` on a model saved by the test."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dalle_fast.cli.draw import draw
+from tests.sampling.models import small_dalle
+
+
+@pytest.fixture
+def saved(tmp_path):
+    words = ["[PAD]", "red", "green", "apple", "a", "flag"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    directory = tmp_path / "model"
+    small_dalle(torch.float32).save_pretrained(directory, tokenizer=tokenizer)
+    (directory / "captions.txt").write_text("red apple\ngreen apple\n")
+    (directory / "examples.txt").write_text("red apple\na flag\n")
+    return directory
+
+
+def run(*arguments):
+    return CliRunner().invoke(draw, [str(a) for a in arguments])
+
+
+def test_it_draws_the_prompts_and_says_where(saved, tmp_path):
+    out = tmp_path / "new folder" / "sheet.png"
+    result = run("red apple", "a flag", "--model", saved, "--out", out, "--images-per-prompt", 3, "--seed", 5)
+    assert result.exit_code == 0, result.output
+    assert str(out) in result.output and "6 pictures" in result.output and "image tokens/s" in result.output
+    assert Image.open(out).size == (3 * (32 + 8) + 8, 2 * (32 + 22 + 8) + 8)
+
+
+def test_without_prompts_it_draws_the_examples_of_the_model(saved, tmp_path):
+    result = run("--model", saved, "--out", tmp_path / "sheet.png", "--images-per-prompt", 1)
+    assert result.exit_code == 0 and "2 pictures" in result.output
+
+
+def test_the_same_seed_draws_the_same_sheet(saved, tmp_path):
+    sheets = [tmp_path / f"{i}.png" for i in range(3)]
+    for sheet, seed in zip(sheets, (3, 3, 4)):
+        assert run("red apple", "--model", saved, "--out", sheet, "--seed", seed).exit_code == 0
+    contents = [sheet.read_bytes() for sheet in sheets]
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_unknown_words_are_named_with_captions_nearby(saved, tmp_path):
+    result = run("purple apple", "--model", saved, "--out", tmp_path / "sheet.png")
+    assert result.exit_code == 0
+    assert 'never read purple. Captions it knows: "red apple"' in result.output or '"green apple"' in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["red apple", "--model", "missing"], "missing"),
+        (["  "], "empty"),
+        (["red apple", "--temperature", "-1"], "temperature"),
+        (["red " * 9], "context_length=5, got 10 tokens"),
+    ],
+)
+def test_bad_input_ends_with_a_sentence(saved, tmp_path, arguments, message):
+    given = arguments if "--model" in arguments else [*arguments, "--model", saved]
+    result = run(*given, "--out", tmp_path / "sheet.png")
+    assert result.exit_code == 1
+    assert message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "sheet.png").exists()
