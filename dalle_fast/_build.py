@@ -1,7 +1,7 @@
 """Compiles csrc/cpu into one shared library: a plain C interface, built without torch or Python headers.
 
-Imports the standard library alone: setup.py loads this file before anything is installed. Which file is compiled how is told
-by its name: *_kernel.cpp once for each instruction set, every other .cpp once. docs/decisions/0001 says why it is built so.
+Imports the standard library alone: setup.py loads this file before anything is installed. A file's name tells how it
+is compiled: *_kernel.cpp once for each instruction set, every other .cpp once. Why: docs/decisions/0001.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SANITIZERS = {
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler as the start of a command line: $CXX, else the first of c++, g++, clang++; None where there is none."""
+    """The C++ compiler, as the start of a command line: $CXX, else the first of c++, g++, clang++; else None."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):

@@ -118,7 +118,7 @@ def _set_isa(loaded: ctypes.CDLL, name: str) -> None:
     available = _instruction_sets(loaded)
     if name not in available:
         raise ValueError(
-            f"{ISA_VARIABLE}: the instruction set must be one that this machine has, {', '.join(available)}, got {name!r}."
-            " Leave it out to take the best."
+            f"{ISA_VARIABLE}: the instruction set must be one that this machine has, {', '.join(available)},"
+            f" got {name!r}. Leave it out to take the best."
         )
     loaded.dalle_fast_set_isa(list(_build.INSTRUCTION_SETS).index(name))

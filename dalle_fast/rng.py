@@ -1,7 +1,7 @@
 """Counter-based random numbers: every number is a function of (seed, position, stream, code), of nothing else.
 
-Philox4x32-10 with key = (low, high) half of the 64-bit seed and counter = (code // 4, position, stream, 0); code v takes
-lane v % 4. A sample therefore does not depend on its batch, its neighbours, the order of drawing or the thread count.
+Philox4x32-10 with key = (low, high) half of the 64-bit seed and counter = (code // 4, position, stream, 0); code v
+takes lane v % 4. A sample therefore depends on no batch, neighbour, order of drawing or thread count.
 Words are uint32 kept in int64 tensors.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -24,7 +24,7 @@ _WORD = 0xFFFFFFFF
 
 
 class Stream(enum.IntEnum):
-    """Who draws: users of different streams never meet the same counter. Numbers are part of the file format of seeds."""
+    """Who draws: different streams never meet the same counter. A number once given stays: seeds would mean others."""
 
     IMAGE_SAMPLING = 0  # position = image token index, code = image code
     TEXT_SAMPLING = 1  # position = text position, code = text id
@@ -68,7 +68,7 @@ def gumbel_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Gumbel noise [n, n_codes] of these positions: `dalle_fast.ops.gumbel_noise.gumbel_noise`, on its best implementation."""
+    """Gumbel noise [n, n_codes] by the best implementation: see `dalle_fast.ops.gumbel_noise.gumbel_noise`."""
     from dalle_fast.ops.gumbel_noise import gumbel_noise as op  # at call time: ops stand above this module
 
     positions = positions if device is None else positions.to(device)
@@ -81,11 +81,11 @@ def resolve_seeds(
     """One 64-bit seed for each of `batch` samples.
 
     Args:
-        seed: None draws one number s from `generator`, or from torch's default generator, and goes on as for s: a second
-            call differs, `torch.manual_seed` repeats it. An int s gives sample i the seed (s + i) mod 2**64. A list or an
-            integer tensor [batch] gives one each.
+        seed: None draws one number s from `generator`, or from torch's default generator, and goes on as for s: a
+            second call differs, `torch.manual_seed` repeats it. An int s gives sample i the seed (s + i) mod 2**64. A
+            list or an integer tensor [batch] gives one each.
     Returns: list of `batch` ints in 0 .. 2**64 - 1.
-    Raises: TypeError (a float, a string, ...), ValueError (negative, 2**64 or more, wrong count, both seed and generator).
+    Raises: TypeError (a float, a string, ...), ValueError (negative, 2**64 or more, wrong count, seed and generator).
     """
     if seed is None:
         seed = int(torch.empty((), dtype=torch.int64, device=_device(generator)).random_(generator=generator))
@@ -106,7 +106,7 @@ def resolve_seeds(
 
 
 def seeds_to_tensor(seeds: int | Iterable[int], device: torch.device | str | None = None) -> Tensor:
-    """Seeds as int64 [count]: the same 64 bits, those of 2**63 and more read as negative (torch has no uint64 arithmetic)."""
+    """Seeds as int64 [count]: the same 64 bits, 2**63 and more read as negative (torch has no uint64 arithmetic)."""
     numbers = [seeds] if isinstance(seeds, int) else seeds
     values = [_checked_seed(one) for one in numbers]
     return torch.tensor([s - SEEDS if s >= SEEDS // 2 else s for s in values], dtype=torch.int64, device=device)
@@ -125,7 +125,8 @@ def _device(generator: torch.Generator | None) -> torch.device | str:
 def _checked_seed(seed: object) -> int:
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(
-            f"seed must be a whole number, got {seed!r} ({type(seed).__name__}). Give an int in 0 .. 2**64 - 1, or None."
+            f"seed must be a whole number, got {seed!r} ({type(seed).__name__})."
+            " Give an int in 0 .. 2**64 - 1, or None."
         )
     value = operator.index(seed)  # type: ignore[arg-type]
     if not 0 <= value < SEEDS:

@@ -2,14 +2,14 @@
 
 import os
 
-# Triton reads this once, at import; torch._dynamo imports triton. Compiled kernels (-m gpu) need a process of their own.
+# Triton reads this once, at import; torch._dynamo imports triton. Compiled kernels (-m gpu) need their own process.
 if os.environ.get("DALLE_FAST_TEST_GPU") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from dalle_fast import _extension  # noqa: E402
+from dalle_fast import _extension
 
 
 def pytest_report_header() -> list[str]:

@@ -72,7 +72,7 @@ def what_is_missing() -> str | None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
-        return f"Python must be {oldest} or newer, got {version} ({sys.executable}). Name one: make setup PYTHON=python3.12"
+        return f"Python must be {oldest} or newer, got {version} ({sys.executable}). Name one: make setup PYTHON=..."
     if importlib.util.find_spec("ensurepip") is None:
         return (
             f"the venv module of Python {version} cannot install pip (ensurepip is missing)."
@@ -103,9 +103,7 @@ def visible_torch() -> str | None:
     if found >= OLDEST_TORCH:
         return version
     oldest = ".".join(map(str, OLDEST_TORCH))
-    print(
-        f"Note: this Python sees torch {version}, older than {oldest}: it is left alone, a newer one goes into the venv."
-    )
+    print(f"Note: this Python sees torch {version}, older than {oldest}: it stays as it is, the venv gets a newer one.")
     return None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast import _extension, dispatch, rng
+from dalle_fast.ops.checks import dtype_name
 from dalle_fast.reference import gumbel_noise as reference
 
 OP = "gumbel_noise"
@@ -43,8 +44,8 @@ def gumbel_noise(
     """Gumbel noise that depends on (seed, position, stream, code) alone: never on the batch, the order or the threads.
 
     Args:
-        seed: an int in 0 .. 2**64 - 1, or one for each position; or int64 [1] or [n] on the device of positions, holding
-            the 64 bits of each (`rng.seeds_to_tensor`).
+        seed: an int in 0 .. 2**64 - 1, or one for each position; or int64 [1] or [n] on the device of positions,
+            holding the 64 bits of each (`rng.seeds_to_tensor`).
         positions: integers [n] on the device where the noise is wanted, taken modulo 2**32.
         stream: who draws (`rng.Stream`).   n_codes: how many codes, from code 0 on.
         dtype: of the result; the noise itself is float32, other types convert it.
@@ -81,7 +82,7 @@ def _(seeds: Tensor, positions: Tensor, stream: int, n_codes: int, impl: str) ->
 def _check_positions(positions: Tensor) -> Tensor:
     if positions.dtype not in (torch.int64, torch.int32) or positions.dim() != 1:
         raise TypeError(
-            f"{OP}: positions must be int64 [n], got {str(positions.dtype).removeprefix('torch.')} {list(positions.shape)}."
+            f"{OP}: positions must be int64 [n], got {dtype_name(positions)} {list(positions.shape)}."
             " Give one index for each row of noise."
         )
     return positions.to(torch.int64)
@@ -93,7 +94,7 @@ def _check_seeds(seed: int | Sequence[int] | Tensor, positions: Tensor) -> Tenso
     if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.device != positions.device:
         raise TypeError(
             f"{OP}: a seed tensor must be int64 [1] or [n={n}] on {positions.device},"
-            f" got {str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)} on {seeds.device}."
+            f" got {dtype_name(seeds)} {list(seeds.shape)} on {seeds.device}."
             " Make it with rng.seeds_to_tensor."
         )
     if seeds.shape[0] not in (1, n):
