@@ -9,6 +9,7 @@ import click
 
 # Command -> (module, its click command, one line of help); reading --help imports none of them.
 COMMANDS = {
+    "draw": ("dalle_fast.cli.draw", "draw", "Draw prompts with a saved model."),
     "data": ("dalle_fast.cli.data", "data", "Make data sets: image-text folders."),
     "train-vae": ("dalle_fast.cli.train", "train_vae", "Train the demo's discrete VAE."),
     "train": ("dalle_fast.cli.train", "train", "Train the demo's transformer."),
@@ -35,7 +36,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup)
 def main() -> None:
     """DALL-E style models: data, training, drawing."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The demo's caption tokenizer and its random captions.
 
-A byte-level BPE trained on the captions, saved as `tokenizer.json` in the form `HugTokenizer` reads. Id 0 is the padding
-entry (the original reads a 0 as padding at its position), so no caption contains it.
+A byte-level BPE trained on the captions, saved as `tokenizer.json` in the form `HugTokenizer` reads. Id 0 is the
+padding entry (the original reads a 0 as padding at its position), so no caption contains it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 PADDING = "[PAD]"
-VOCABULARY = 1000
+VOCABULARY = 1500
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int = VOCABULARY) -> Tokenizer:
@@ -44,7 +44,7 @@ def encode_captions(tokenizer: Tokenizer, captions: Sequence[str], text_seq_len:
 
 
 def draw_caption(lines: Sequence[str], generator: torch.Generator, *, plain: float, word_dropout: float) -> str:
-    """One of a picture's caption lines: the first with probability `plain`, else any other; sometimes a word is left out.
+    """One of a picture's caption lines: the first with probability `plain`, else any other.
 
     With probability `word_dropout` one word of a caption of at least three words is dropped.
     """

