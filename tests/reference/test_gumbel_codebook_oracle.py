@@ -84,7 +84,8 @@ def _by_sample(function, mode):
 @every_mode
 def test_equals_the_originals_lines(mode):
     ours, upstream = (_by_sample(function, mode) for function in (_ours, _upstream))
-    inputs = _inputs(batch=6)
+    # large enough that the largest error of a tensor is no accident of one element
+    inputs = _inputs(6, 8, 4, 5, 40, 8)
     check_against_oracle(ours, upstream, inputs, torch.float32)
     got, expected = (outputs_and_gradients(function, inputs, torch.float64) for function in (ours, upstream))
     assert got.keys() == expected.keys() and len(got) == 6
