@@ -128,7 +128,7 @@ def _checked_seed(seed: object) -> int:
             f"seed must be a whole number, got {seed!r} ({type(seed).__name__})."
             " Give an int in 0 .. 2**64 - 1, or None."
         )
-    value = operator.index(seed)  # type: ignore[arg-type]
+    value = operator.index(seed)
     if not 0 <= value < SEEDS:
         raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {value}. Take it modulo 2**64 if that is what you mean.")
     return value
