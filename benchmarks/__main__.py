@@ -61,12 +61,12 @@ def main(
     report = Report()
     for op in ops or known:
         try:
-            found = run(known[op], settings, session)
+            for found in run(known[op], settings, session):
+                if not smoke:
+                    append(out / f"{op}.jsonl", found.rows)
+                report.extend(found)
         except ValueError as error:
             raise click.ClickException(str(error)) from error
-        if not smoke:
-            append(out / f"{op}.jsonl", found.rows)
-        report.extend(found)
     click.echo(table(report.rows))
     for label, reason in report.absent.items():
         click.echo(f"\nabsent: {label}: {reason}")

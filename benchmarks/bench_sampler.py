@@ -30,6 +30,7 @@ from dalle_fast.compat import upstream_names
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.sampling.eager import UncachedEngine
+from tests.tolerance import budget
 
 SEED = 7
 LAYER_SCALE = (0.3, 0.8)
@@ -77,8 +78,7 @@ class Oracle:
         self._model = copy.deepcopy(inputs.model).double()
         self.exact = self.logits(inputs.tokens)
         own = _image_logits(inputs.model, inputs, inputs.tokens, self._codes)
-        rounding = torch.finfo(case.dtype).eps * self.exact.abs().max().item()
-        self.budget = 2 * (own.double() - self.exact).abs().max().item() + rounding
+        self.budget = budget(self.exact, own)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """float64 [n_image, codes]: what predicts image token i, given `tokens` [1, n_image] before it."""

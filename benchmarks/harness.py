@@ -6,7 +6,7 @@ costs in bytes and FLOPs. `run` does the rest in this order, for each case:
 1. make the inputs, let the oracle compute what is expected;
 2. every provider that can run here computes its result; one that is wrong is refused: it gets no time and the run ends
    with an error, whatever the others do;
-3. peak memory of a first call, warm up by time, then time all in interleaved rounds (ops on cold inputs, decoding warm);
+3. peak memory of a first call, warm up by time, then all timed in interleaved rounds (ops cold, decoding warm);
 4. ceilings of the machine at the case's working set; one row a provider.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -165,19 +165,17 @@ class Report:
         self.absent |= other.absent
 
 
-def run(benchmark: Benchmark, settings: Settings, session: Session) -> Report:
-    """Verifies and measures every wanted case of `benchmark`.
+def run(benchmark: Benchmark, settings: Settings, session: Session) -> Iterator[Report]:
+    """Verifies and measures every wanted case of `benchmark`; yields a report a case, to be stored as it comes.
 
     Raises: ValueError (a case or provider asked for that the benchmark does not declare).
     """
     _require_known("case", settings.cases, [case.name for case in benchmark.cases])
     _require_known("provider", settings.providers, [provider.name for provider in benchmark.providers])
-    report = Report()
     for case in benchmark.cases:
         if case.toy == settings.smoke and (not settings.cases or case.name in settings.cases):
             log.info("%s %s: verifying", benchmark.op, case.name)
-            report.extend(_run_case(benchmark, case, settings, session))
-    return report
+            yield _run_case(benchmark, case, settings, session)
 
 
 def verified_jobs(
@@ -229,7 +227,7 @@ def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Ses
 
 
 def _first_calls(job: Job, device: torch.device, settings: Settings) -> int | None:
-    """Warms every piece up; returns the largest peak of their first calls, bytes (None: not known, or not the job's)."""
+    """Warms every piece up; the largest peak of their first calls, bytes (None: unknown, or not the job's)."""
     known = []
     for call in job.pieces.values():
         began = time.perf_counter()

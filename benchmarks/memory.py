@@ -18,7 +18,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that `call` needs at its peak over what was held before it, its result included.
 
     CUDA: torch's allocator. CPU: the resident set (Linux with glibc; pages free in the heap are handed back first, so
-    that a buffer reused from an earlier call is counted again); resolution a few pages, other threads count too.
+    that a buffer reused from an earlier call is counted again); accurate to about 1 MiB, other threads count too.
     Returns None where the system does not tell.
     """
     if device.type == "cuda":

@@ -1,0 +1,378 @@
+"""The harness itself: what it refuses, in which order it times, what rows say, what tables and plots are made of."""
+
+import json
+import math
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import benchmarks.__main__ as command
+from benchmarks import bench_gumbel_noise, bench_sampler, discover, machine, memory, peers, report, rows
+from benchmarks.ceilings import DTYPES, Ceilings
+from benchmarks.harness import Benchmark, Case, Cost, Job, Provider, Report, Session, Settings, run, verified_jobs
+from benchmarks.timing import Clock, interleave, percentile, warm_up
+
+CPU = torch.device("cpu")
+QUICK = Settings(warm_up_s=0.0, budget_s=0.0, min_rounds=3)
+
+
+def provider(name: str, value: float, calls: list[str]) -> Provider:
+    def prepare(case: Case, inputs: object, device: torch.device) -> Job:
+        return Job(result=lambda: value, pieces={"whole": lambda: calls.append(name)})
+
+    return Provider(name, prepare)
+
+
+def benchmark_of(*providers: Provider) -> Benchmark:
+    return Benchmark(
+        op="answer",
+        mode="forward",
+        cases=(Case("real", {"n": 3}), Case("toy", {"n": 1}, toy=True)),
+        providers=providers,
+        inputs=lambda case, device: None,
+        expected=lambda case, inputs: 42.0,
+        check=lambda case, got, expected: None if got == expected else f"must be {expected}, got {got}.",
+        cost=lambda case: Cost(read_bytes=4096, write_bytes=4096, flops=10**6, items=2, unit="answers"),
+        baseline="slow",
+    )
+
+
+def measured(bench: Benchmark, settings: Settings = QUICK) -> Report:
+    session = replace(Session.begin(CPU), ceilings=Ceilings(CPU, toy=True))
+    found = Report()
+    for one in run(bench, settings, session):
+        found.extend(one)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ verification
+
+
+def test_wrong_result_is_refused_and_not_timed() -> None:
+    calls: list[str] = []
+    found = measured(benchmark_of(provider("slow", 42.0, calls), provider("wrong", 41.0, calls)))
+    assert found.refused == {"answer real wrong": "must be 42.0, got 41.0."}
+    assert [row["impl"] for row in found.rows] == ["slow"]
+    assert "wrong" not in calls
+
+
+def test_command_fails_when_a_provider_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = benchmark_of(provider("slow", 42.0, []), provider("wrong", 41.0, []))
+    monkeypatch.setattr(command, "discover", lambda: {"answer": bench})
+    result = CliRunner().invoke(command.main, ["--smoke", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "REFUSED: answer toy wrong: must be 42.0, got 41.0." in result.output
+
+
+def test_missing_provider_is_absent_with_its_reason() -> None:
+    away = replace(provider("away", 42.0, []), missing=lambda case, device: "needs a moon.")
+    found = measured(benchmark_of(provider("slow", 42.0, []), away))
+    assert found.absent == {"answer real away": "needs a moon."}
+    assert not found.refused
+
+
+@pytest.mark.parametrize("settings", [replace(QUICK, cases=("huge",)), replace(QUICK, providers=("huge",))])
+def test_unknown_case_or_provider_is_an_error(settings: Settings) -> None:
+    with pytest.raises(ValueError, match=r"must be one of .*, got 'huge'"):
+        measured(benchmark_of(provider("slow", 42.0, [])), settings)
+
+
+def test_gumbel_check_refuses_three_ulp_and_nan() -> None:
+    case = bench_gumbel_noise.CASES[-1]
+    expected = bench_gumbel_noise._expected(case, bench_gumbel_noise._inputs(case, CPU))
+    right = expected.float()
+    assert bench_gumbel_noise._check(case, right, expected) is None
+    for wrong in (torch.full((), math.nan), right[2, 5] * (1 + 6 * torch.finfo(torch.float32).eps)):
+        broken = right.clone()
+        broken[2, 5] = wrong
+        assert "ulp" in str(bench_gumbel_noise._check(case, broken, expected))
+
+
+def test_gumbel_distribution_check_refuses_another_distribution() -> None:
+    case = bench_gumbel_noise.CASES[0]
+    torch.manual_seed(0)
+    drawn = bench_gumbel_noise._by_uniform((1, 8192), CPU)
+    assert bench_gumbel_noise._check_distribution(case, drawn, drawn) is None
+    assert "Gumbel" in str(bench_gumbel_noise._check_distribution(case, drawn * 1.2, drawn))
+
+
+# ------------------------------------------------------------------------------------------------ the sampler
+
+
+@pytest.fixture(scope="module")
+def toy() -> tuple[Case, bench_sampler.Inputs, bench_sampler.Oracle]:
+    case = next(case for case in bench_sampler.CASES if case.toy)
+    inputs = bench_sampler.Inputs(case, CPU)
+    return case, inputs, bench_sampler.Oracle(case, inputs)
+
+
+def test_sampler_refuses_wrong_tokens(toy: tuple[Case, bench_sampler.Inputs, bench_sampler.Oracle]) -> None:
+    case, inputs, oracle = toy
+    got = bench_sampler._prepare_cached(case, inputs, CPU).result()
+    assert bench_sampler._check_tokens(case, got, oracle) is None
+    for which, message in (("greedy", "must have the largest logit"), ("first_row", "must equal uncached ones")):
+        broken = got | {which: got[which].clone()}
+        broken[which][0, -1] = (broken[which][0, -1] + 1) % case.sizes["codes"]
+        assert message in str(bench_sampler._check_tokens(case, broken, oracle))
+
+
+def test_sampler_refuses_wrong_logits(toy: tuple[Case, bench_sampler.Inputs, bench_sampler.Oracle]) -> None:
+    case, inputs, oracle = toy
+    got = bench_sampler._prepare_uncached(case, inputs, CPU).result()
+    assert bench_sampler._check_logits(case, got, oracle) is None
+    for wrong in (math.nan, 4 * oracle.budget):
+        broken = {position: logits.clone() for position, logits in got.items()}
+        broken[0][1] += wrong
+        assert "logits of token 0" in str(bench_sampler._check_logits(case, broken, oracle))
+
+
+@pytest.mark.parametrize("case", [case for case in bench_sampler.CASES if case.name in ("toy", "odd")])
+def test_sampler_cost_counts_the_weights_of_the_model(case: Case) -> None:
+    """Without attention keys, a step reads every matrix of the transformer and the image rows of the head."""
+    inputs = bench_sampler.Inputs(case, CPU)
+    matrices = sum(p.numel() for p in inputs.model.transformer.parameters() if p.dim() == 2)
+    head = inputs.model.to_logits.weight[-case.sizes["codes"] :].numel()
+    sizes = case.sizes
+    keys = 0
+    for layer in range(sizes["depth"]):
+        pattern = inputs.model.transformer.blocks[layer].attn.fn.pattern
+        keys += sum(len(pattern.window(q)) for q in range(sizes["text_seq_len"] + 1, pattern.layout.max_inputs))
+    cache = 2 * sizes["heads"] * sizes["dim_head"] * keys
+    assert bench_sampler._cost(case).read_bytes == 4 * (sizes["grid"] ** 2 * (matrices + head) + cache)
+
+
+def test_extrapolation_is_exact_for_a_line() -> None:
+    points = [(1, 5.0), (4, 11.0), (5, 13.0), (11, 25.0)]
+    assert bench_sampler.sum_interpolated(points) == sum(3 + 2 * p for p in range(1, 12))
+
+
+def test_absent_original_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PACKAGES", ("no-such-package",))
+    reason = peers.missing()
+    assert reason is not None and "no-such-package" in reason and "pip install" in reason
+    with pytest.raises(RuntimeError, match="pip install"):
+        peers.original.__wrapped__()
+
+
+@pytest.mark.skipif(peers.missing() is not None, reason=f"the original is not installed: {peers.missing()}")
+def test_original_is_verified_and_refused_with_its_cache_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in bench_sampler.CASES if case.toy)
+    wanted = ("original", "original_mended", "original_mended_masks")
+    jobs, found = verified_jobs(bench_sampler.BENCHMARK, case, CPU, wanted)
+    assert (tuple(jobs), found.refused, found.absent) == (wanted, {}, {})
+    monkeypatch.setattr(peers, "mend_cache", lambda model: model)
+    jobs, found = verified_jobs(bench_sampler.BENCHMARK, case, CPU, wanted)
+    assert tuple(jobs) == ("original",)
+    assert len(found.refused) == 2
+
+
+def test_stubs_are_gone_after_the_import() -> None:
+    import sys
+
+    with peers._stubbed(("no_such_package", "no_such_package.part", "json")):
+        from no_such_package.part import Anything
+
+        assert isinstance(Anything, type)
+        assert sys.modules["json"] is json
+    assert "no_such_package" not in sys.modules
+    assert "no_such_package.part" not in sys.modules
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+def test_rounds_interleave_and_rotate() -> None:
+    calls: list[str] = []
+    jobs = {name: {"whole": lambda name=name: calls.append(name)} for name in "abc"}
+    samples = interleave(jobs, Clock(CPU, cold=False), budget_s=0.0, min_rounds=3, max_rounds=9)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert {name: len(rounds) for name, rounds in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_rounds_go_on_until_the_budget_or_the_limit() -> None:
+    jobs = {"a": {"whole": lambda: None}}
+    assert len(interleave(jobs, Clock(CPU, cold=False), budget_s=60.0, min_rounds=1, max_rounds=7)["a"]) == 7
+
+
+def test_cold_clock_flushes_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.last_level_cache_bytes", lambda device: 4096)
+    order: list[str] = []
+    for cold in (True, False):
+        clock = Clock(CPU, cold=cold)
+        flush = clock.flush
+        before = None if clock._flush_buffer is None else clock._flush_buffer.sum().item()
+        monkeypatch.setattr(clock, "flush", lambda flush=flush: (order.append("flush"), flush()))
+        assert clock.seconds(lambda: order.append("call")) >= 0
+        assert (clock._flush_buffer is not None) == cold
+        if clock._flush_buffer is not None:
+            assert clock._flush_buffer.numel() * 4 >= 4096
+            assert clock._flush_buffer.sum().item() != before
+    assert order == ["flush", "call"] * 2
+
+
+def test_warm_up_is_by_time() -> None:
+    calls: list[int] = []
+    assert warm_up(lambda: calls.append(1), 0.02) >= 0.02
+    assert calls
+    assert warm_up(lambda: calls.clear(), 0.0) < 0.02
+    assert calls
+
+
+def test_percentiles() -> None:
+    assert [percentile([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], share) for share in (0.2, 0.5, 0.8)] == [2.0, 3.5, 5.0]
+
+
+def test_combined_pieces_are_combined_round_by_round() -> None:
+    def prepare(case: Case, inputs: object, device: torch.device) -> Job:
+        pieces = {"one": lambda: None, "two": lambda: None}
+        return Job(lambda: 42.0, pieces, combine=lambda s: 1000 + s["one"] + s["two"], extrapolated="from two")
+
+    row = measured(benchmark_of(Provider("slow", prepare))).rows[0]
+    assert 1000 < row["values"]["median"]["value"] < 1001
+    assert set(row["pieces"]) == {"one", "two"}
+    assert (row["extrapolated"], row["rounds"]) == ("from two", 3)
+
+
+def test_ceilings_are_positive_and_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = Ceilings(CPU, toy=True)
+    first = [ceilings.stream_read(), ceilings.stream_write(), *map(ceilings.matrix_product, DTYPES.values())]
+    assert all(0 < rate < math.inf for rate in first)
+    monkeypatch.setattr(ceilings, "_seconds", lambda call: pytest.fail("measured twice"))
+    assert first == [ceilings.stream_read(), ceilings.stream_write(), *map(ceilings.matrix_product, DTYPES.values())]
+
+
+def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
+    n_bytes = 64 * 2**20
+    peak = memory.peak_bytes(lambda: torch.ones(n_bytes // 4).sum(), CPU)
+    if peak is None:
+        pytest.skip("this system does not report peak memory (needs Linux, glibc and a writable clear_refs)")
+    # the kernel counts pages in batches, one a core and kind
+    assert n_bytes - 2**20 <= peak < 1.5 * n_bytes
+
+
+# ------------------------------------------------------------------------------------------------ rows and reports
+
+
+def test_row_has_every_key_and_its_numbers() -> None:
+    row = measured(benchmark_of(provider("slow", 42.0, []))).rows[0]
+    assert set(row) == set(rows.KEYS)
+    units = {name: value["unit"] for name, value in row["values"].items()}
+    assert units == {
+        "median": "s", "p20": "s", "p80": "s", "bandwidth": "GB/s", "throughput": "TFLOP/s", "rate": "answers/s",
+        "of_ceiling": "%", "peak": "B",
+    }  # fmt: skip
+    assert row["values"]["p20"]["value"] <= row["values"]["median"]["value"] <= row["values"]["p80"]["value"]
+    assert set(row["ceilings"]) == {"stream_read", "stream_write", "matrix_product"}
+    assert row["device"]["kind"] == "cpu" and row["device"]["cores"] >= 1
+    assert row["versions"]["torch"] == torch.__version__
+    assert row["time"].endswith("Z")
+
+
+def test_share_of_the_ceiling_is_floor_over_time() -> None:
+    row = measured(benchmark_of(provider("slow", 42.0, []))).rows[0]
+    rate = {kind: ceiling["value"] for kind, ceiling in row["ceilings"].items()}
+    moving = 4096e-9 / rate["stream_read"] + 4096e-9 / rate["stream_write"]
+    floor = max(moving, 1e6 * 1e-12 / rate["matrix_product"])
+    values = row["values"]
+    assert values["of_ceiling"]["value"] == pytest.approx(100 * floor / values["median"]["value"], rel=1e-12)
+
+
+def test_rows_name_no_host_and_no_path() -> None:
+    text = json.dumps(measured(benchmark_of(provider("slow", 42.0, []))).rows[0])
+    assert str(machine.ROOT) not in text
+    assert str(Path.home()) not in text
+    assert f'"{socket.gethostname()}' not in text
+
+
+def test_rows_survive_a_file(tmp_path: Path) -> None:
+    found = measured(benchmark_of(provider("slow", 42.0, []), provider("fast", 42.0, []))).rows
+    rows.append(tmp_path / "new" / "answer.jsonl", found)
+    assert rows.load(tmp_path / "new") == found == rows.load(tmp_path / "new" / "answer.jsonl")
+
+
+def test_bad_rows_are_named(tmp_path: Path) -> None:
+    row = measured(benchmark_of(provider("slow", 42.0, []))).rows[0]
+    with pytest.raises(ValueError, match="commit"):
+        rows.append(tmp_path / "a.jsonl", [{key: value for key, value in row.items() if key != "commit"}])
+    for line, message in (('{"run": 1}', "a.jsonl:1 must have the keys"), ("half", "a.jsonl:1 must be a JSON line")):
+        (tmp_path / "a.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=message):
+            rows.load(tmp_path)
+
+
+def written_row(impl: str, seconds: float, *, run_id: str = "2026-01-02T00:00:00Z", extrapolated: str | None = None):
+    """A row written by hand: what tables and plots may rely on."""
+    return dict.fromkeys(rows.KEYS) | {
+        "run": run_id, "op": "answer", "impl": impl, "mode": "forward", "case": "real", "dtype": "float32",
+        "cold": True,        "values": {name: {"value": seconds, "unit": "s"} for name in ("median", "p20", "p80")},
+        "extrapolated": extrapolated, "baseline": "slow", "ceilings": {}, "commit": "c0ffee", "dirty": False,
+        "device": {"kind": "cpu", "name": "Abacus", "cores": 2, "threads": 2}, "versions": {"torch": "2"},
+    }  # fmt: skip
+
+
+def test_table_is_made_of_rows_of_the_newest_run() -> None:
+    old = written_row("slow", 50.0, run_id="2025-01-02T00:00:00Z")
+    text = report.table([old, written_row("slow", 8.0, extrapolated="from two tokens"), written_row("fast", 0.5)])
+    cells = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "16.00x" in cells["fast"] and "500 ms" in cells["fast"]
+    assert "1.00x" in cells["slow"] and "extrapolated" in cells["slow"]
+    assert "50 s" not in text
+    assert "Abacus" in text and "c0ffee" in text and "slow: extrapolated from two tokens." in text
+
+
+def test_table_of_nothing_says_what_to_do() -> None:
+    assert "python -m benchmarks" in report.table([])
+
+
+def test_plot_is_made_of_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    paths = report.plot([written_row("slow", 8.0, extrapolated="from two"), written_row("fast", 0.5)], tmp_path)
+    assert [path.name for path in paths] == ["answer-forward-real-float32-cpu.png"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="got none"):
+        report.plot([written_row("slow", 8.0) | {"values": {}}], tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_smoke_verifies_everything_and_reports_no_speed(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command.main, ["--smoke", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for op in discover():
+        assert f"### {op} toy" in result.output
+    assert result.output.count("verified, not timed") >= 5  # without extension and peers
+    assert not any(unit in result.output for unit in (" ms", "GB/s", "TFLOP/s", "tokens/s"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_appends_rows_and_draws_them_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "discover", lambda: {"answer": benchmark_of(provider("slow", 42.0, []))})
+    monkeypatch.setattr(
+        Session, "begin", lambda device, smoke: Session(device, "now", None, None, None, Ceilings(device, toy=True))
+    )
+    runner = CliRunner()
+    result = runner.invoke(command.main, ["--out", str(tmp_path), "--budget", "0", "--rounds", "2"])
+    assert result.exit_code == 0, result.output
+    row = json.loads((tmp_path / "answer.jsonl").read_text())
+    assert (row["impl"], row["rounds"], row["smoke"]) == ("slow", 2, False)
+    again = runner.invoke(command.main, ["table", "--rows", str(tmp_path)])
+    assert again.output.strip() in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "chess"], "--only must be one of"),
+        (["--case", "toy"], "give it with one --only"),
+        (["--only", "sampler", "--case", "huge"], "case must be one of d512"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(command.main, arguments)
+    assert result.exit_code != 0
+    assert message in result.output
