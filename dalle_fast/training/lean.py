@@ -36,9 +36,10 @@ class LeanLoss(nn.Module):
             )
         self.dalle = dalle
         n = dalle.layout.max_inputs
-        angles = transformer.angles[:n]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", _signed(angles.sin()), persistent=False)
+        angles = transformer.angles[:n].double()
+        dtype = dalle.to_logits.weight.dtype
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
+        self.register_buffer("sin", _signed(angles.sin()).to(dtype), persistent=False)
         self.masks = [block.attn.fn.pattern.dense(n)[None, None] for block in transformer.blocks]
         self.shifts = transformer.blocks[0].attn.layout is not None
 
