@@ -36,8 +36,8 @@ def sparse_attention(
             [B, T] for the image queries of the other patterns. A longer mask is cut.
         scale: multiplies q.k; default D ** -0.5 (0.0 is a value, not "unset").
         stable: accepted because the original has it; it equals plain softmax, gradients included.
-        rotary: raw angles, float32 [>= N, rot] with rot even and <= D; turns the first rot channels of q, k and v in
-            interleaved pairs. A constant: it gets no gradient.
+        rotary: raw angles, float32 [>= N, rot] with rot even and <= D, the same for both channels of a pair 2i, 2i+1;
+            turns the first rot channels of q, k and v. A constant: it gets no gradient.
         impl: "auto", or the name of one implementation.
     Returns: [B, H, N, D], dtype of q. A query with no legal key returns the mean of v over all N keys.
     Raises: TypeError (dtype), ValueError (shape, range), NotImplementedError (impl lacks it), RuntimeError (no GPU, no

@@ -79,7 +79,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _hard_embeds(codebook: Tensor, chosen: Tensor, surrogate: Tensor) -> Tensor:
     """codebook[chosen]: its gradient reaches the logits through `surrogate` [M, K], the codebook by the chosen rows."""
-    # The difference is exactly zero: values come from the gather alone.
+    # The difference is exactly zero: values come from the gather alone, and so does the codebook's gradient, which
+    # detaching spares a product of zeros.
     through = (surrogate - surrogate.detach()).to(codebook.dtype) @ codebook.detach()
     return codebook[chosen] + through
 

@@ -105,11 +105,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def dense_mask(pattern: AttentionPattern, n: int, device: torch.device, dtype: torch.dtype) -> DenseMask:
     """The dense mask of the first n positions of `pattern`, built once per (pattern, n, device, dtype)."""
-    # A tensor made in inference mode could not take part in a later training step.
-    with torch.inference_mode(False):
-        forbidden = ~pattern.dense(n).to(device)
-        bias = torch.zeros(1, n, n, dtype=dtype, device=device)
-        return DenseMask(forbidden, bias.masked_fill_(forbidden, -torch.finfo(dtype).max))
+    forbidden = ~pattern.dense(n).to(device)
+    bias = torch.zeros(1, n, n, dtype=dtype, device=device)
+    return DenseMask(forbidden, bias.masked_fill_(forbidden, -torch.finfo(dtype).max))
 
 
 def _image_query_mask(text_key_mask: Tensor, n: int, text_len: int) -> Tensor:

@@ -239,6 +239,13 @@ def test_rotate_turns_pairs_and_leaves_the_rest():
     assert torch.equal(got[..., 6:], x[..., 6:])
 
 
+def test_rotate_in_float32_is_wrong_by_few_roundings():
+    x, angles = make_qkv(2, 2, 9, 8)[0], make_angles(9, 8)
+    error = (rotate(x, angles) - rotate(x.double(), angles)).abs().max()
+    # two products with a rounded sine and cosine, and their sum
+    assert error <= 3 * torch.finfo(torch.float32).eps * math.sqrt(2) * x.abs().max()
+
+
 def test_rotate_keeps_large_angles_at_sixteen_bits():
     """UPSTREAM B7: rounding 8191.3 to bfloat16 first would turn it by whole radians."""
     x = make_qkv(1, 1, 9, 6, torch.bfloat16)[0]
