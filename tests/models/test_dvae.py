@@ -5,6 +5,7 @@ import torch
 from golden_cases import FOLDER, golden, names
 
 from dalle_fast import DiscreteVAE
+from dalle_fast.functional import gumbel_codebook
 
 SMALL = {"image_size": 16, "num_tokens": 12, "codebook_dim": 6, "num_layers": 2, "hidden_dim": 4}
 
@@ -161,7 +162,7 @@ def test_one_sample_alone_has_the_codes_it_has_in_a_batch():
     assert all(torch.equal(vae.get_codebook_indices(images[i : i + 1])[0], together[i]) for i in range(4))
 
 
-def test_kl_is_computed_only_when_it_counts():
+def test_kl_is_summed_weighted_and_added():
     images = _images()
     noise = torch.zeros(2, 12, 4, 4)
     plain, weighted = _vae(), _vae(kl_div_loss_weight=0.5)
@@ -171,7 +172,21 @@ def test_kl_is_computed_only_when_it_counts():
     losses = [vae(images, return_loss=True, gumbel_noise=noise).detach() for vae in (weighted, plain)]
     # 384 float32 terms of the sum, and the difference of two losses of about 1
     assert abs(losses[0] - losses[1] - 0.5 * kl) < 400 * torch.finfo(torch.float32).eps * max(1.0, float(kl))
-    assert plain(images).shape == images.shape
+
+
+def test_kl_is_computed_only_where_it_counts(monkeypatch):
+    asked = []
+
+    def spy(*args, with_kl, **kwargs):
+        asked.append(with_kl)
+        return gumbel_codebook(*args, with_kl=with_kl, **kwargs)
+
+    monkeypatch.setattr("dalle_fast.models.dvae.gumbel_codebook", spy)
+    plain, weighted = _vae(), _vae(kl_div_loss_weight=0.5)
+    plain(_images(), return_loss=True)
+    weighted(_images())
+    weighted(_images(), return_loss=True)
+    assert asked == [False, False, True]
 
 
 @pytest.mark.parametrize("mode", [{}, {"straight_through": True}, {"straight_through": True, "reinmax": True}])
