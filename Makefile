@@ -45,6 +45,8 @@ test: build
 test-long: build
 	@echo "make test-long: about 10 minutes on two cores."
 	@$(RUN) -m pytest -m "long and not gpu" -q --durations=10
+	@echo "make test-long: once more what make test proves, with extension and Triton blocked."
+	@DALLE_FAST_TEST_BARE=1 $(RUN) -m pytest -m "not long and not gpu" -q
 
 check: $(READY)
 	@$(RUN) -m ruff format --check .

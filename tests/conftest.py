@@ -1,10 +1,16 @@
 """Settings of every test run: Triton interprets (no GPU needed), the header says which instruction sets are tested."""
 
 import os
+import sys
 
 # Triton reads this once, at import; torch._dynamo imports triton. Compiled kernels (-m gpu) need their own process.
 if os.environ.get("DALLE_FAST_TEST_GPU") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The pass without extension and Triton (`make test-long`): both are as if they had never been installed.
+if os.environ.get("DALLE_FAST_TEST_BARE") == "1":
+    os.environ["DALLE_FAST_NO_EXTENSION"] = "1"
+    sys.modules["triton"] = None  # type: ignore[assignment]
 
 import pytest
 import torch
