@@ -54,7 +54,7 @@ def main(
         raise click.UsageError("--case and --impl name things of one benchmark: give it with one --only.")
     if threads is not None:
         torch.set_num_threads(threads)
-    session = Session.begin(torch.device(device), smoke=smoke)
+    session = Session.begin(_device(device), smoke=smoke)
     settings = Settings(smoke=smoke, budget_s=budget, min_rounds=rounds, cases=cases, providers=providers)
     if not smoke and session.load is not None and session.load > BUSY * torch.get_num_threads():
         click.echo(f"The load of this machine is {session.load}: others are working, times will mean little.", err=True)
@@ -68,11 +68,24 @@ def main(
         except ValueError as error:
             raise click.ClickException(str(error)) from error
     click.echo(table(report.rows))
-    for label, reason in report.absent.items():
-        click.echo(f"\nabsent: {label}: {reason}")
+    for reason in dict.fromkeys(report.absent.values()):
+        labels = [label for label, why in report.absent.items() if why == reason]
+        click.echo(f"\nabsent: {', '.join(labels)}: {reason}")
     for label, reason in report.refused.items():
         click.echo(f"\nREFUSED: {label}: {reason}")
     context.exit(1 if report.refused else 0)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise click.UsageError(f"--device must name a device of torch, got {name!r}: cpu, cuda, cuda:1, ...") from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.UsageError(f"--device must be cpu or cuda, got {name!r}.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException(f"torch {torch.__version__} sees no GPU on this machine; use --device cpu.")
+    return device
 
 
 SOURCE = click.option(
@@ -109,7 +122,7 @@ def plot_command(source: Path, out: Path) -> None:
 @click.option("--megabytes", default=(16, 75, 151), multiple=True, show_default=True, help="Working sets to stream.")
 def ceilings_command(device: str, megabytes: tuple[int, ...]) -> None:
     """Measures what this machine can do at best."""
-    ceilings = Ceilings(torch.device(device))
+    ceilings = Ceilings(_device(device))
     click.echo(describe_device(ceilings.device)["name"])
     for size in (*(n * 10**6 for n in megabytes), None):
         at = "memory" if size is None else f"{size / 1e6:.0f} MB"

@@ -45,9 +45,8 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
             axes.barh(place, middle, xerr=whiskers, hatch=hatch, color=colour, edgecolor="white", capsize=3)
             axes.annotate(_duration(middle), (middle, place), (6, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(members)), [row["impl"] for row in members])
-        axes.set_xscale("log")
-        axes.margins(x=0.25)
-        axes.set_xlabel("seconds (log); hatched: extrapolated")
+        axes.margins(x=0.15)
+        axes.set_xlabel("seconds; hatched: extrapolated")
         axes.set_title(_title(members[0]).lstrip("# "), fontsize=9)
         name = "-".join(part.replace(" ", "_").replace("/", "_") for part in (*key[:4], members[0]["device"]["kind"]))
         paths.append(folder / f"{name}.png")
@@ -86,9 +85,10 @@ def _footnote(members: list[Row]) -> str:
         ceilings |= row["ceilings"]
     for kind, ceiling in ceilings.items():
         notes.append(f"{kind} {ceiling['value']:.3g} {ceiling['unit']} ({ceiling['at']}).")
-    for row in members:
-        if row["extrapolated"]:
-            notes.append(f"{row['impl']}: extrapolated {row['extrapolated']}.")
+    sources = {row["extrapolated"] for row in members if row["extrapolated"]}
+    for source in sorted(sources):
+        whose = ", ".join(row["impl"] for row in members if row["extrapolated"] == source)
+        notes.append(f"{whose}: extrapolated {source}.")
     return " ".join(notes)
 
 

@@ -324,6 +324,13 @@ def test_table_is_made_of_rows_of_the_newest_run() -> None:
     assert "Abacus" in text and "c0ffee" in text and "slow: extrapolated from two tokens." in text
 
 
+def test_no_gpu_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(command.main, ["--smoke", "--device", "cuda"])
+    assert result.exit_code == 1
+    assert "sees no GPU" in result.output
+
+
 def test_table_of_nothing_says_what_to_do() -> None:
     assert "python -m benchmarks" in report.table([])
 
@@ -370,6 +377,8 @@ def test_command_appends_rows_and_draws_them_again(monkeypatch: pytest.MonkeyPat
         (["--only", "chess"], "--only must be one of"),
         (["--case", "toy"], "give it with one --only"),
         (["--only", "sampler", "--case", "huge"], "case must be one of d512"),
+        (["--device", "abacus"], "--device must name a device"),
+        (["--device", "meta"], "--device must be cpu or cuda"),
     ],
 )
 def test_command_says_what_is_wrong(arguments: list[str], message: str) -> None:
