@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
@@ -20,6 +20,46 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """How codes are drawn; what is not said is as in `DALLE.generate_images`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    cond_scale: float = 1.0
+
+    @classmethod
+    def read(cls, path: Path) -> SamplingSettings:
+        """From a JSON object with some of these keys. Raises ValueError (no such object, unknown key), TypeError."""
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise ValueError(f"draw: {path} must be JSON, got something else ({error}). Write it again.") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"draw: {path} must hold a JSON object, got {stored!r}. Write it again.")
+        keys = [field.name for field in fields(cls)]
+        for key in stored:
+            if key not in keys:
+                raise ValueError(f"draw: {path} must have no keys but {', '.join(keys)}, got {key!r}. Remove it.")
+        return cls(
+            temperature=_number(stored.get("temperature", cls.temperature), "temperature", path),
+            top_k=_integer_or_none(stored.get("top_k", cls.top_k), "top_k", path),
+            cond_scale=_number(stored.get("cond_scale", cls.cond_scale), "cond_scale", path),
+        )
+
+
+def _number(value: object, key: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"draw: {path}: {key} must be a number, got {value!r}. Correct the file.")
+    return value
+
+
+def _integer_or_none(value: object, key: str, path: Path) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"draw: {path}: {key} must be an integer or null, got {value!r}. Correct the file.")
+    return value
+
+
+@dataclass(frozen=True)
 class DrawingModel:
     """A saved model with what drawing needs beside the weights."""
 
@@ -27,11 +67,14 @@ class DrawingModel:
     tokenizer: HugTokenizer
     captions: KnownCaptions | None
     examples: list[str]
-    settings: dict[str, float]
+    settings: SamplingSettings
 
     @classmethod
     def read(cls, directory: Path) -> DrawingModel:
-        """From a directory of `save_pretrained` with tokenizer.json, and where there are: captions.txt, examples.txt, sampling.json."""
+        """From a directory of `save_pretrained` with tokenizer.json.
+
+        Where there are, it also reads captions.txt, examples.txt and sampling.json.
+        """
         dalle = DALLE.from_pretrained(directory)
         tokenizer = HugTokenizer(directory / "tokenizer.json")
         captions, examples, sampling = (directory / name for name in ("captions.txt", "examples.txt", "sampling.json"))
@@ -40,20 +83,44 @@ class DrawingModel:
             tokenizer,
             KnownCaptions.read(captions) if captions.is_file() else None,
             examples.read_text(encoding="utf-8").splitlines() if examples.is_file() else [],
-            json.loads(sampling.read_text(encoding="utf-8")) if sampling.is_file() else {},
+            SamplingSettings.read(sampling) if sampling.is_file() else SamplingSettings(),
         )
 
 
 @click.command()
 @click.argument("prompts", nargs=-1)
-@click.option("--model", "directory", type=click.Path(path_type=Path), default=SHIPPED_MODEL, help="A saved model; default: the shipped one.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("drawn.png"), show_default=True, help="The sheet to write, a PNG.")
+@click.option(
+    "--model",
+    "directory",
+    type=click.Path(path_type=Path),
+    default=SHIPPED_MODEL,
+    help="A saved model; default: the shipped one.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("drawn.png"),
+    show_default=True,
+    help="The sheet to write, a PNG.",
+)
 @click.option("--images-per-prompt", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="The first picture's; the others count on.")
-@click.option("--temperature", type=float, default=None, help="0 draws the most likely picture; default: the model's setting.")
-@click.option("--top-k", type=click.IntRange(1), default=None, help="Keep this many codes; default: the model's setting.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="The first picture's; the others count on.",
+)
+@click.option(
+    "--temperature", type=float, default=None, help="0 draws the most likely picture; default: the model's setting."
+)
+@click.option(
+    "--top-k", type=click.IntRange(1), default=None, help="Keep this many codes; default: the model's setting."
+)
 @click.option("--cond-scale", type=float, default=None, help="Guidance; 1 is none; default: the model's setting.")
-@click.option("--scale", type=click.IntRange(1, 16), default=2, show_default=True, help="Enlarge the pictures on the sheet.")
+@click.option(
+    "--scale", type=click.IntRange(1, 16), default=2, show_default=True, help="Enlarge the pictures on the sheet."
+)
 def draw(
     prompts: tuple[str, ...],
     directory: Path,
@@ -71,8 +138,11 @@ def draw(
         chosen = list(prompts) or model.examples
         if not chosen or not all(prompt.strip() for prompt in chosen):
             raise ValueError("draw: prompts must be texts, got an empty one. Say what to draw.")
-        given = {"temperature": temperature, "top_k": top_k, "cond_scale": cond_scale}
-        settings = {**model.settings, **{name: value for name, value in given.items() if value is not None}}
+        settings = SamplingSettings(
+            temperature=model.settings.temperature if temperature is None else temperature,
+            top_k=model.settings.top_k if top_k is None else top_k,
+            cond_scale=model.settings.cond_scale if cond_scale is None else cond_scale,
+        )
         rows, seconds = _drawn(model, chosen, images_per_prompt, seed, settings)
         out.parent.mkdir(parents=True, exist_ok=True)
         labelled_grid(rows, scale=scale).save(out)
@@ -80,10 +150,14 @@ def draw(
         raise click.ClickException(str(error)) from None
     n_images = len(chosen) * images_per_prompt
     n_tokens = n_images * model.dalle.image_seq_len
-    click.echo(f"{n_images} pictures in {seconds:.1f} s, {n_tokens / seconds:.0f} image tokens/s. Look at {out.resolve()}")
+    click.echo(
+        f"{n_images} pictures in {seconds:.1f} s, {n_tokens / seconds:.0f} image tokens/s. Look at {out.resolve()}"
+    )
 
 
-def _drawn(model: DrawingModel, prompts: list[str], n: int, seed: int, settings: dict[str, float]) -> tuple[list[tuple[str, torch.Tensor]], float]:
+def _drawn(
+    model: DrawingModel, prompts: list[str], n: int, seed: int, settings: SamplingSettings
+) -> tuple[list[tuple[str, torch.Tensor]], float]:
     """(label, pixels [n, C, H, W]) for each prompt, and the seconds it took."""
     dalle = model.dalle
     for prompt in prompts:
@@ -92,10 +166,18 @@ def _drawn(model: DrawingModel, prompts: list[str], n: int, seed: int, settings:
     text = text.repeat_interleave(n, dim=0)
     start = time.perf_counter()
     with tqdm(total=text.shape[0] * dalle.image_seq_len, unit="token", desc="drawing") as bar:
-        images = dalle.generate_images(text, seed=seed, on_tokens=lambda first, codes: bar.update(codes.numel()), **settings)
+        drawn = dalle.generate_images(
+            text,
+            seed=seed,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            cond_scale=settings.cond_scale,
+            on_tokens=lambda first, codes: bar.update(codes.numel()),
+        )
+    images = drawn[0] if isinstance(drawn, tuple) else drawn
     seconds = time.perf_counter() - start
     pixels = to_pixels(dalle.vae, images).unflatten(0, (len(prompts), n))
-    return list(zip(prompts, pixels)), seconds
+    return list(zip(prompts, pixels, strict=True)), seconds
 
 
 def _tell_unknown_words(captions: KnownCaptions | None, prompt: str) -> None:

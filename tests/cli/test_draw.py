@@ -41,10 +41,40 @@ def test_without_prompts_it_draws_the_examples_of_the_model(saved, tmp_path):
 
 def test_the_same_seed_draws_the_same_sheet(saved, tmp_path):
     sheets = [tmp_path / f"{i}.png" for i in range(3)]
-    for sheet, seed in zip(sheets, (3, 3, 4)):
+    for sheet, seed in zip(sheets, (3, 3, 4), strict=True):
         assert run("red apple", "--model", saved, "--out", sheet, "--seed", seed).exit_code == 0
     contents = [sheet.read_bytes() for sheet in sheets]
     assert contents[0] == contents[1] != contents[2]
+
+
+def test_the_settings_of_the_model_hold_unless_the_call_says_otherwise(saved, tmp_path):
+    def drawn(seed, *arguments):
+        result = run("red apple", "--model", saved, "--out", tmp_path / "sheet.png", "--seed", seed, *arguments)
+        assert result.exit_code == 0, result.output
+        return (tmp_path / "sheet.png").read_bytes()
+
+    default = drawn(3)
+    (saved / "sampling.json").write_text('{"temperature": 0, "top_k": null, "cond_scale": 2}')
+    assert drawn(3) == drawn(4)
+    assert drawn(3, "--temperature", 1, "--cond-scale", 1) == default
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "sampling.json must be JSON"),
+        ("[1]", "sampling.json must hold a JSON object"),
+        ('{"top_p": 0.5}', "got 'top_p'"),
+        ('{"temperature": "1"}', "sampling.json: temperature must be a number, got '1'"),
+        ('{"cond_scale": true}', "sampling.json: cond_scale must be a number, got True"),
+        ('{"top_k": 2.5}', "sampling.json: top_k must be an integer or null, got 2.5"),
+    ],
+)
+def test_settings_that_are_none_are_refused_by_file_and_key(saved, tmp_path, content, message):
+    (saved / "sampling.json").write_text(content)
+    result = run("red apple", "--model", saved, "--out", tmp_path / "sheet.png")
+    assert result.exit_code == 1
+    assert message in result.output and "Traceback" not in result.output
 
 
 def test_unknown_words_are_named_with_captions_nearby(saved, tmp_path):
