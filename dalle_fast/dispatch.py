@@ -28,7 +28,9 @@ class Implementation:
 _OPS: dict[str, dict[str, Implementation]] = {}
 
 
-def register(op: str, name: str, function: Callable, *, supports: Supports = lambda **facts: None, rank: int = 0) -> None:
+def register(
+    op: str, name: str, function: Callable, *, supports: Supports = lambda **facts: None, rank: int = 0
+) -> None:
     """Adds implementation `name` of `op`; called where the op is defined, once."""
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}.")
@@ -50,7 +52,7 @@ def choose(op: str, impl: str = "auto", **facts: object) -> Implementation:
             if candidate.supports(**facts) is None and (best is None or candidate.rank > best.rank):
                 best = candidate
         if best is None:
-            raise NotImplementedError(f"{op}: no implementation supports this call. {refusals(op, **facts)}")
+            raise NotImplementedError(f"{op}: no implementation supports this call. {refusals(op, facts)}")
         return best
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
@@ -59,18 +61,20 @@ def choose(op: str, impl: str = "auto", **facts: object) -> Implementation:
     reason = table[impl].supports(**facts)
     if reason is not None:
         error = RuntimeError if reason.startswith("missing: ") else NotImplementedError
-        raise error(f"{op}: impl={impl!r} cannot run here: {reason.removeprefix('missing: ')} Use impl='auto' for another one.")
+        raise error(
+            f"{op}: impl={impl!r} cannot run here: {reason.removeprefix('missing: ')} Use impl='auto' for another one."
+        )
     return table[impl]
 
 
 def explain(op: str, **facts: object) -> str:
     """In words: which implementation of `op` runs for a call with these facts, and why the others do not."""
     chosen = choose(op, "auto", **facts).name
-    return f"{op}: runs on {chosen!r}.\n{refusals(op, chosen, **facts)}"
+    return f"{op}: runs on {chosen!r}.\n{refusals(op, facts, chosen=chosen)}"
 
 
-def refusals(op: str, chosen: str = "", **facts: object) -> str:
-    """Why each implementation but `chosen` does not run this call, a line each."""
+def refusals(op: str, facts: Mapping[str, object], *, chosen: str = "") -> str:
+    """Why each implementation but `chosen` does not run a call with these facts, a line each."""
     lines = []
     for name in IMPLEMENTATIONS:
         if name == chosen:

@@ -1,7 +1,8 @@
-"""Where every token of a text + image sequence stands: text positions with `<bos>` first, then the image in raster order."""
+"""Where every token of a text + image sequence stands: text with `<bos>` first, then the image in raster order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,3 +64,10 @@ class TokenLayout:
     def col_of(self, position: Tensor) -> Tensor:
         """Grid column of image positions (int64 tensor); meaningless for text positions."""
         return (position - self.text_len) % self.grid_cols
+
+
+def as_grid(sizes: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) from a tuple, or a list as JSON holds it. Raises TypeError where there are not two."""
+    if len(sizes) != 2:
+        raise TypeError(f"TokenLayout: grid must be (rows, columns), got {tuple(sizes)!r}.")
+    return sizes[0], sizes[1]

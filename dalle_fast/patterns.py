@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dalle_fast.layout import TokenLayout
+from dalle_fast.layout import TokenLayout, as_grid
 
 PAPER_CONV_WRAPS = ("raster", "none", "torus")
 _BLOCK_SPARSE_LOCAL_BLOCKS = 4  # DeepSpeed's VariableSparsityConfig default, which the original relies on
@@ -28,7 +28,9 @@ class AttentionPattern:
     """Which keys each query may attend to, over a `TokenLayout`. Made by `make`; hashable, so usable as a cache key.
 
     Attributes:
-        name: one of `NAMES`.   layout: the token layout.   options: the pattern's own options, as sorted pairs.
+        name: one of `NAMES`.
+        layout: the token layout.
+        options: the pattern's own options, as sorted pairs.
     """
 
     name: str
@@ -47,7 +49,10 @@ class AttentionPattern:
 
     @property
     def masks_every_query(self) -> bool:
-        """Whether a key mask covers all N keys for every query, or the T text keys for image queries only (upstream's rule)."""
+        """Whether a key mask covers all N keys for every query.
+
+        Otherwise it covers the T text keys, for image queries only (upstream's rule).
+        """
         return self.name in ("full", "bidirectional", "block_sparse")
 
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
@@ -98,7 +103,10 @@ def _max_image_distance(pattern: AttentionPattern) -> int:
 # ------------------------------------------------------------------------------------------------ predicates
 
 
-def _with_text(image_rule: Callable[[AttentionPattern, Tensor, Tensor], Tensor]):
+Rule = Callable[[AttentionPattern, Tensor, Tensor], Tensor]
+
+
+def _with_text(image_rule: Rule) -> Rule:
     """Joins a rule between image tokens with the common one: text is causal, image tokens see all text."""
 
     def predicate(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
@@ -114,6 +122,13 @@ def _steps_back(pattern: AttentionPattern, query: Tensor, key: Tensor) -> tuple[
     return layout.row_of(query) - layout.row_of(key), layout.col_of(query) - layout.col_of(key)
 
 
+def _number(pattern: AttentionPattern, option: str) -> int:
+    value = dict(pattern.options)[option]
+    if not isinstance(value, int):
+        raise TypeError(f"{pattern.name}: {option} must be an int, got {value!r}. Use patterns.make.")
+    return value
+
+
 def _full(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
     return torch.ones_like(query >= key)
 
@@ -127,8 +142,7 @@ def _axial_col(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _conv_like(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
-    options = dict(pattern.options)
-    kernel, dilation = options["kernel"], options["dilation"]
+    kernel, dilation = _number(pattern, "kernel"), _number(pattern, "dilation")
     rows, cols = _steps_back(pattern, query, key)
     inside = (rows >= 0) & (cols >= 0) & (rows <= (kernel - 1) * dilation) & (cols <= (kernel - 1) * dilation)
     return inside & (rows % dilation == 0) & (cols % dilation == 0)
@@ -139,12 +153,12 @@ def _paper_row(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _paper_conv(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
-    options, layout = dict(pattern.options), pattern.layout
-    half = options["kernel"] // 2
+    layout, wrap = pattern.layout, dict(pattern.options)["wrap"]
+    half = _number(pattern, "kernel") // 2
     rows, cols = _steps_back(pattern, query, key)
-    if options["wrap"] == "none":  # ruDALL-E v3
+    if wrap == "none":  # ruDALL-E v3
         return (rows.abs() <= half) & (cols.abs() <= half)
-    if options["wrap"] == "torus":  # ruDALL-E v2: rows and columns modulo the grid
+    if wrap == "torus":  # ruDALL-E v2: rows and columns modulo the grid
         return ((half - rows) % layout.grid_rows <= 2 * half) & ((half - cols) % layout.grid_cols <= 2 * half)
     # "raster", the plain reading of the paper: offsets dr * C + dc in raster order, running over row ends
     distance = query - key
@@ -155,14 +169,14 @@ def _paper_conv(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor
 
 
 def _block_sparse(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
-    options = dict(pattern.options)
-    blocks = torch.tensor(options["layout"], dtype=torch.bool, device=query.device)
+    blocks = torch.tensor(dict(pattern.options)["layout"], dtype=torch.bool, device=query.device)
+    block = _number(pattern, "block")
     # the layout covers the inputs; the last position, never an input, counts to the last block
-    query_block, key_block = (torch.clamp(p // options["block"], max=len(blocks) - 1) for p in (query, key))
+    query_block, key_block = (torch.clamp(p // block, max=len(blocks) - 1) for p in (query, key))
     return (key <= query) & blocks[query_block, key_block]
 
 
-_PREDICATES: dict[str, Callable[[AttentionPattern, Tensor, Tensor], Tensor]] = {
+_PREDICATES: dict[str, Rule] = {
     "full": _with_text(_full),
     "axial_row": _with_text(_axial_row),
     "axial_col": _with_text(_axial_col),
@@ -205,9 +219,17 @@ def make(
             the original's) drawn from `seed` (default 0).
     Raises: ValueError (unknown name, option of another pattern, value out of range).
     """
-    tokens = TokenLayout(text_len, tuple(grid))
-    given = dict(kernel=kernel, dilation=dilation, wrap=wrap, block=block, layout=layout, num_random_blocks=num_random_blocks, seed=seed)
-    given = {option: value for option, value in given.items() if value is not None}
+    tokens = TokenLayout(text_len, as_grid(grid))
+    every_option: dict[str, object] = {
+        "kernel": kernel,
+        "dilation": dilation,
+        "wrap": wrap,
+        "block": block,
+        "layout": layout,
+        "num_random_blocks": num_random_blocks,
+        "seed": seed,
+    }
+    given = {option: value for option, value in every_option.items() if value is not None}
     if name not in _PREDICATES:
         raise ValueError(f"patterns.make: name must be one of {', '.join(NAMES)}, got {name!r}.")
     takes = _TAKES.get(name, ())
@@ -215,7 +237,9 @@ def make(
         if option not in takes:
             raise ValueError(f"patterns.make: {name} takes {', '.join(takes) or 'no options'}, got {option}.")
     if name == "block_sparse":
-        options = _block_sparse_options(tokens, **given)
+        options = _block_sparse_options(
+            tokens, 16 if block is None else block, layout, num_random_blocks, 0 if seed is None else seed
+        )
     elif name == "conv_like":
         options = {"kernel": 5, "dilation": 1, **given}
     elif name == "paper_conv":
@@ -233,7 +257,7 @@ _TAKES = {
 }
 
 
-def _check_options(name: str, options: dict) -> None:
+def _check_options(name: str, options: dict[str, object]) -> None:
     kernel = options.get("kernel", 1)
     if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{name}: kernel must be an odd int of at least 1, got {kernel!r}.")
@@ -244,7 +268,13 @@ def _check_options(name: str, options: dict) -> None:
         raise ValueError(f"{name}: wrap must be one of {', '.join(PAPER_CONV_WRAPS)}, got {options['wrap']!r}.")
 
 
-def _block_sparse_options(tokens: TokenLayout, *, block: int = 16, layout=None, num_random_blocks: int | None = None, seed: int = 0) -> dict:
+def _block_sparse_options(
+    tokens: TokenLayout,
+    block: int,
+    layout: Sequence[Sequence[bool]] | Tensor | None,
+    num_random_blocks: int | None,
+    seed: int,
+) -> dict[str, object]:
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"block_sparse: block must be an int of at least 1, got {block!r}.")
     n_blocks = -(-tokens.max_inputs // block)
@@ -255,15 +285,18 @@ def _block_sparse_options(tokens: TokenLayout, *, block: int = 16, layout=None, 
     grid = torch.as_tensor(layout).bool()
     if tuple(grid.shape) != (n_blocks, n_blocks):
         raise ValueError(
-            f"block_sparse: layout must be [{n_blocks}, {n_blocks}] for {tokens.max_inputs} inputs in blocks of {block}, got {list(grid.shape)}."
+            f"block_sparse: layout must be [{n_blocks}, {n_blocks}] for {tokens.max_inputs} inputs in blocks of "
+            f"{block}, got {list(grid.shape)}."
         )
     if not bool(grid.diagonal().all()):
         raise ValueError("block_sparse: every diagonal block of layout must be True, so that each token sees itself.")
     return {"block": block, "layout": tuple(tuple(row) for row in grid.tolist())}
 
 
-def _random_block_layout(tokens: TokenLayout, block: int, n_blocks: int, num_random_blocks: int | None, seed: int) -> Tensor:
-    """Text blocks for everyone from their own block on, windows of 4 blocks, and random blocks, as the original's layers."""
+def _random_block_layout(
+    tokens: TokenLayout, block: int, n_blocks: int, num_random_blocks: int | None, seed: int
+) -> Tensor:
+    """Text blocks for everyone from their own block on, windows of 4 blocks, random blocks: the original's layers."""
     n_random = n_blocks // 4 if num_random_blocks is None else num_random_blocks
     if not 0 <= n_random <= n_blocks:
         raise ValueError(f"block_sparse: num_random_blocks must be in 0..{n_blocks}, got {n_random}.")

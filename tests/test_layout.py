@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dalle_fast.layout import TokenLayout
+from dalle_fast.layout import TokenLayout, as_grid
 
 
 def test_counts():
@@ -24,7 +24,15 @@ def test_sizes_below_one_are_refused(text_len, grid):
         TokenLayout(text_len, grid)
 
 
-@pytest.mark.parametrize(("text_len", "grid"), [(2.0, (2, 2)), (True, (2, 2)), (3, [2, 2]), (3, (2, 2.0)), (3, (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("text_len", "grid"), [(2.0, (2, 2)), (True, (2, 2)), (3, [2, 2]), (3, (2, 2.0)), (3, (2, 2, 2))]
+)
 def test_what_is_no_size_is_refused(text_len, grid):
     with pytest.raises(TypeError):
         TokenLayout(text_len, grid)
+
+
+def test_a_grid_may_be_a_list_of_two():
+    assert as_grid([3, 4]) == (3, 4)
+    with pytest.raises(TypeError, match=r"must be \(rows, columns\), got \(2, 2, 2\)"):
+        as_grid((2, 2, 2))

@@ -108,7 +108,8 @@ def test_block_sparse_default_holds_text_windows_and_random_blocks():
     fixed = [[j < 4 or i // 4 == j // 4 for j in range(i + 1)] for i in range(12)]
     assert blocks(num_random_blocks=0) == fixed
     random = blocks(num_random_blocks=3, seed=5)
-    assert all(there or not here for row, wanted in zip(random, fixed) for there, here in zip(row, wanted))
+    for row, wanted in zip(random, fixed, strict=True):
+        assert all(there or not here for there, here in zip(row, wanted, strict=True))
     assert sum(map(sum, random)) > sum(map(sum, fixed))
     assert random == blocks(num_random_blocks=3, seed=5) != blocks(num_random_blocks=3, seed=6)
 
@@ -150,7 +151,10 @@ def test_a_ring_still_holds_every_key_a_window_asks_for(name, options, text_len,
             assert read == pattern.window(position - back).tolist()
 
 
-@pytest.mark.parametrize(("name", "options", "slots"), [("axial_row", {}, 7), ("paper_row", {}, 8), ("conv_like", {}, 4 * 8 + 1), ("full", {}, 63), ("axial_col", {}, 63)])
+@pytest.mark.parametrize(
+    ("name", "options", "slots"),
+    [("axial_row", {}, 7), ("paper_row", {}, 8), ("conv_like", {}, 4 * 8 + 1), ("full", {}, 63), ("axial_col", {}, 63)],
+)
 def test_ring_sizes_are_those_of_the_formulas(name, options, slots):
     pattern = patterns.make(name, text_len=5, grid=(9, 7), **options)
     assert ring_slots(pattern, 0) == slots
@@ -167,7 +171,7 @@ def test_dense_of_fewer_positions_is_the_corner():
     pattern = patterns.make("conv_like", text_len=3, grid=(3, 4))
     assert torch.equal(pattern.dense(7), pattern.dense()[:7, :7])
     assert pattern.dense(0).shape == (0, 0)
-    with pytest.raises(ValueError, match="must be in 0..15"):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.15"):
         pattern.dense(16)
 
 

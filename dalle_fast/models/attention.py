@@ -20,12 +20,22 @@ class Attention(nn.Module):
     """Projects to queries, keys and values, attends by `pattern`, projects back.
 
     Args:
-        dim: C, channels of the activations.   pattern: which keys a query sees.   heads, dim_head: H, D.
-        dropout: after the output projection.   stable: the original's PB-relax softmax, equal to the plain one.
+        dim: C, channels of the activations.
+        pattern: which keys a query sees.
+        heads, dim_head: H, D.
+        dropout: after the output projection.
+        stable: the original's PB-relax softmax, equal to the plain one.
     """
 
     def __init__(
-        self, dim: int, *, pattern: AttentionPattern, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, stable: bool = False
+        self,
+        dim: int,
+        *,
+        pattern: AttentionPattern,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        stable: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("heads", heads), ("dim_head", dim_head)):
@@ -39,7 +49,9 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
         """x [B, N, C] -> [B, N, C]; `mask` is the key mask, `rotary` the raw angles of every position."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D]
         if cache is None:
@@ -70,7 +82,7 @@ def attend_window(q: Tensor, kept: KVCache, position: int) -> Tensor:
     weights = ((torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]) * scale).softmax(dim=-1)
     parts = weights.split([k.shape[2] for k, _ in pieces], dim=-1)
     out = parts[0] @ pieces[0][1]
-    for weight, (_, v) in zip(parts[1:], pieces[1:]):
+    for weight, (_, v) in zip(parts[1:], pieces[1:], strict=True):
         out = out + weight @ v
     return out
 

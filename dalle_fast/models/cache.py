@@ -66,7 +66,7 @@ class KVCache:
         return [(_take(self.k, piece), _take(self.v, piece)) for piece in self._pieces.at(position)]
 
     def union_window(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For the queries start .. start + n - 1: every key any of them may see, its values, and bool [n, W] who may."""
+        """For the queries start .. start + n - 1: every key any of them may see, its value, and bool [n, W] who may."""
         query = torch.arange(start, start + n)
         key = torch.arange(start + n)
         allowed = self.pattern.allowed(query[:, None], key[None, :])
@@ -79,20 +79,24 @@ class DecodeCache:
     """The state of a transformer behind a prefix: what each layer remembers, and how many positions have been read.
 
     Args:
-        max_step: most positions one later step may add.   max_rollback: most positions that may be taken back.
+        max_step: most positions one later step may add.
+        max_rollback: most positions that may be taken back.
 
     Layers make their parts on first use, so the cache takes dtype, device and batch size from the activations.
     """
 
     def __init__(self, layout: TokenLayout, *, max_step: int = 1, max_rollback: int = 0) -> None:
         if max_step < 1 or max_rollback < 0:
-            raise ValueError(f"DecodeCache: max_step must be >= 1 and max_rollback >= 0, got {max_step} and {max_rollback}.")
+            raise ValueError(
+                f"DecodeCache: max_step must be >= 1 and max_rollback >= 0, got {max_step} and {max_rollback}."
+            )
         self.layout = layout
         self.max_step = max_step
         self.max_rollback = max_rollback
         self.offset = 0
         self._furthest = 0
-        self._parts: dict[tuple[int, str], KVCache | ShiftCache] = {}
+        self._keys: dict[tuple[int, str], KVCache] = {}
+        self._shifts: dict[tuple[int, str], ShiftCache] = {}
 
     @property
     def slack(self) -> int:
@@ -101,7 +105,7 @@ class DecodeCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(part.nbytes for part in self._parts.values() if isinstance(part, KVCache))
+        return sum(kept.nbytes for kept in self._keys.values())
 
     def layer(self, index: int, name: str) -> LayerCache:
         """The part of branch `name` ("attn" or "ff") of block `index`."""
@@ -117,8 +121,8 @@ class DecodeCache:
         deepest = min(self.offset, self.max_rollback - (self._furthest - self.offset))
         if not 0 <= n <= deepest:
             raise ValueError(
-                f"rollback: n must be in 0..{deepest}, got {n}. The cache is at position {self.offset} and was made for "
-                f"rollbacks of {self.max_rollback}."
+                f"rollback: n must be in 0..{deepest}, got {n}. The cache is at position {self.offset} and was made "
+                f"for rollbacks of {self.max_rollback}."
             )
         self.offset -= n
 
@@ -134,7 +138,7 @@ class LayerCache:
     """A `DecodeCache` as one branch of one block sees it."""
 
     def __init__(self, state: DecodeCache, index: int, name: str) -> None:
-        self.state, self._index, self._name = state, index, name
+        self.state, self._branch = state, (index, name)
 
     @property
     def offset(self) -> int:
@@ -142,20 +146,20 @@ class LayerCache:
 
     def shift(self, x: Tensor) -> ShiftCache:
         """The token shift's part, made for activations like x."""
-        return self._part("shift", lambda: ShiftCache(self.state.layout, self.state.slack, x))
+        shifts = self.state._shifts
+        if self._branch not in shifts:
+            shifts[self._branch] = ShiftCache(self.state.layout, self.state.slack, x)
+        return shifts[self._branch]
 
     def keys(self, pattern: AttentionPattern, like: Tensor) -> KVCache:
         """The attention's part, made for keys like `like`."""
-        return self._part("keys", lambda: KVCache(pattern, self.state.slack, like))
-
-    def _part(self, kind: str, make):
-        key = (self._index, f"{self._name}.{kind}")
-        if key not in self.state._parts:
-            self.state._parts[key] = make()
-        return self.state._parts[key]
+        keys = self.state._keys
+        if self._branch not in keys:
+            keys[self._branch] = KVCache(pattern, self.state.slack, like)
+        return keys[self._branch]
 
 
-# ------------------------------------------------------------------------------------------------ derived from the predicate
+# -------------------------------------------------------------------------------------- derived from the predicate
 
 
 def ring_slots(pattern: AttentionPattern, slack: int) -> int:
@@ -168,7 +172,7 @@ def ring_slots(pattern: AttentionPattern, slack: int) -> int:
 
 @lru_cache(maxsize=64)
 def slots_of_positions(pattern: AttentionPattern, slack: int) -> tuple[int, ...]:
-    """Where each position of the layout is kept: text at itself, image tokens in a ring behind it or column by column."""
+    """Where each position of the layout is kept: text at itself, image tokens in a ring behind it or by columns."""
     layout, slots = pattern.layout, ring_slots(pattern, slack)
     text = list(range(layout.text_len))
     if pattern.name in ("axial_col", "paper_col"):
@@ -200,7 +204,7 @@ class WindowPieces:
     def _find(self, position: int) -> tuple[Piece, ...]:
         slots = sorted(self._slot_of[p] for p in self._pattern.window(position).tolist())
         breaks = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
-        runs = [slots[a:b] for a, b in zip([0, *breaks], [*breaks, len(slots)])]
+        runs = [slots[a:b] for a, b in zip([0, *breaks], [*breaks, len(slots)], strict=True)]
         if len(runs) <= 2:
             return tuple(slice(run[0], run[-1] + 1) for run in runs)
         first = runs[0]  # all of the text, but in block_sparse

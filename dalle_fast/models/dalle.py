@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dalle_fast.layout import TokenLayout
 from dalle_fast.models.cache import DecodeCache
+from dalle_fast.models.checks import check_image_shape, check_vae, checked_ids, checked_text
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.transformer import Transformer
 from dalle_fast.ops.vocab_cross_entropy import vocab_cross_entropy
 
-_VAE_PROTOCOL = ("image_size", "num_tokens", "num_layers", "channels", "get_codebook_indices", "decode")
 _RELAXED = 0.1  # share of the gradient that reaches the embeddings in `stable` models (PB-relax)
 
 
@@ -26,24 +26,35 @@ class DALLE(Pretrained):
     """Models text tokens and image codes as one sequence; draws images by sampling codes after a text.
 
     Args:
-        dim: C, channels.   vae: a DiscreteVAE, or any object with its image_size, num_tokens, num_layers, channels,
-            get_codebook_indices and decode; it is frozen.   num_text_tokens: size of the text vocabulary, id 0 is padding.
-        text_seq_len: text tokens a prompt is padded to.   depth: transformer blocks.   heads, dim_head: attention heads, their width.
-        reversible: recompute activations in the backward pass.   attn_dropout, ff_dropout: probabilities.
-        attn_types: names cycled over the blocks: full, axial_row, axial_col, conv_like, sparse, paper_row, paper_col, paper_conv.
-        loss_img_weight: weight of the image loss against 1 for the text loss.   stable: PB-relax.   sandwich_norm: norm the
-            outputs of blocks too.   shift_tokens, rotary_emb: token shift, rotary positions.
+        dim: C, channels.
+        vae: a DiscreteVAE, or any object with its image_size, num_tokens, num_layers, channels, get_codebook_indices
+            and decode; it is frozen.
+        num_text_tokens: size of the text vocabulary, id 0 is padding.
+        text_seq_len: text tokens a prompt is padded to.
+        depth: transformer blocks.
+        heads, dim_head: attention heads, their width.
+        reversible: recompute activations in the backward pass.
+        attn_dropout, ff_dropout: probabilities.
+        attn_types: names cycled over the blocks: full, axial_row, axial_col, conv_like, sparse, paper_row, paper_col,
+            paper_conv.
+        loss_img_weight: weight of the image loss against 1 for the text loss.
+        stable: PB-relax.
+        sandwich_norm: norm the outputs of blocks too.
+        shift_tokens, rotary_emb: token shift, rotary positions.
         shared_attn_ids, shared_ff_ids: one id a block; blocks of one id share their module.
         share_input_output_emb: the head's weight is the embedding.
         sparse_attn, optimize_for_inference: accepted for old code, without effect.
     Raises: ValueError, TypeError (sizes out of range, unknown attention type, an object that is no VAE).
     """
 
+    vae: Any
+    num_image_tokens: int
+
     def __init__(
         self,
         *,
         dim: int,
-        vae: nn.Module,
+        vae: Any,
         num_text_tokens: int = 10000,
         text_seq_len: int = 256,
         depth: int,
@@ -65,9 +76,7 @@ class DALLE(Pretrained):
         optimize_for_inference: bool = False,
     ) -> None:
         super().__init__()
-        missing = [name for name in _VAE_PROTOCOL if not hasattr(vae, name)]
-        if missing:
-            raise TypeError(f"DALLE: vae must have {', '.join(_VAE_PROTOCOL)}, got {type(vae).__name__} without {', '.join(missing)}.")
+        check_vae(vae)
         for name, value in (("num_text_tokens", num_text_tokens), ("text_seq_len", text_seq_len)):
             if value < 1:
                 raise ValueError(f"DALLE: {name} must be at least 1, got {value}.")
@@ -87,9 +96,10 @@ class DALLE(Pretrained):
         if isinstance(vae, nn.Module):
             vae.requires_grad_(False)
         self.transformer = Transformer(
-            dim=dim, depth=depth, seq_len=self.total_seq_len, reversible=reversible, causal=True, heads=heads, dim_head=dim_head,
-            attn_dropout=attn_dropout, ff_dropout=ff_dropout, attn_types=attn_types, image_fmap_size=side, stable=stable,
-            sandwich_norm=sandwich_norm, shift_tokens=shift_tokens, rotary_emb=rotary_emb,
+            dim=dim, depth=depth, seq_len=self.total_seq_len, reversible=reversible, causal=True, heads=heads,
+            dim_head=dim_head, attn_dropout=attn_dropout, ff_dropout=ff_dropout, attn_types=attn_types,
+            image_fmap_size=side, stable=stable, sandwich_norm=sandwich_norm, shift_tokens=shift_tokens,
+            rotary_emb=rotary_emb,
             shared_attn_ids=shared_attn_ids, shared_ff_ids=shared_ff_ids,
         )  # fmt: skip
         self.logits_norm = nn.LayerNorm(dim)
@@ -117,9 +127,10 @@ class DALLE(Pretrained):
 
         Args:
             text: int [B, text_seq_len] ids, 0 = padding; never written to.
-            image: int [B, n] codes, n <= image_seq_len, or pixels [B, channels, image_size, image_size]; None for text alone.
-                A complete image drops its last code, which predicts nothing.
-            return_loss: return (text loss + loss_img_weight * image loss) / (1 + loss_img_weight), each a mean in nats a token.
+            image: int [B, n] codes, n <= image_seq_len, or pixels [B, channels, image_size, image_size]; None for text
+                alone. A complete image drops its last code, which predicts nothing.
+            return_loss: return (text loss + loss_img_weight * image loss) / (1 + loss_img_weight), each a mean in nats
+                a token.
             null_cond_prob: probability with which a sample's text is replaced by padding.
             cache: {} on the first call, the same dict on later ones, whose `image` is longer; only the tokens the
                 cache has not seen are read, and only their logits returned.
@@ -131,7 +142,7 @@ class DALLE(Pretrained):
             dropped = torch.rand(text.shape[0], device=text.device) < null_cond_prob
             text = text.masked_fill(dropped[:, None], 0)
         text = self._padded(text)
-        codes = self._checked_image(image, text)
+        codes = self._codes(image, text)
         if return_loss:
             if cache is not None:
                 raise ValueError("DALLE: return_loss and cache cannot be combined. A loss needs every position.")
@@ -140,7 +151,9 @@ class DALLE(Pretrained):
             return self._cached_logits(text, codes, cache)
         return self._logits(self.transformer(self._embed(text, codes)), first=0)
 
-    def forward_with_cond_scale(self, *args: Any, cond_scale: float = 1, cache: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
+    def forward_with_cond_scale(
+        self, *args: Any, cond_scale: float = 1, cache: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Tensor:
         """Logits guided away from those without text: null + (logits - null) * cond_scale; arguments as `forward`.
 
         The two branches keep caches of their own in `cache`.
@@ -176,26 +189,34 @@ class DALLE(Pretrained):
         """Draws one image a text. The model's training flags are as before afterwards, also after an error.
 
         Args:
-            text: int [B, >= text_seq_len] ids, cut to text_seq_len.   clip: scores the images against the texts.
-            filter_thres: keep the (1 - filter_thres) most likely of the whole vocabulary, text included, as the original.
+            text: int [B, >= text_seq_len] ids, cut to text_seq_len.
+            clip: scores the images against the texts.
+            filter_thres: keep the (1 - filter_thres) most likely of the whole vocabulary, text included, as the
+                original.
             temperature: divides the logits; 0 takes the most likely code.
             img: [B, channels, image_size, image_size] whose first `num_init_img_tokens` codes (default 7/16) are kept.
-            cond_scale: guidance; 1 is none.   use_cache: False recomputes the whole sequence for every token.
-            seed: None draws from torch's generator (or `generator`); an int gives image i the seed + i; or one an image.
-            top_k: keep this many image codes (replaces filter_thres).   top_p: keep the fewest codes of this probability.
+            cond_scale: guidance; 1 is none.
+            use_cache: False recomputes the whole sequence for every token.
+            seed: None draws from torch's generator (or `generator`); an int gives image i the seed + i; or one an
+                image.
+            top_k: keep this many image codes (replaces filter_thres).
+            top_p: keep the fewest codes of this probability.
             known_tokens: int [B, n], -1 where the code is to be drawn; a missing tail is drawn. Not with `img`.
             return_tokens: also return the codes.
-            on_tokens: called once a grid row with (index of the first code, codes [B, m]); what it raises stops the drawing.
-        Returns: images [B, channels, image_size, image_size]; then scores [B] with `clip`; then codes [B, image_seq_len]
-            with `return_tokens`: a tuple if more than one.
-        Raises: ValueError, TypeError.   Source: DALLE-pytorch; filters and noise are described in docs/sampling.md.
+            on_tokens: called once a grid row with (index of the first code, codes [B, m]); what it raises stops the
+                drawing.
+        Returns: images [B, channels, image_size, image_size]; then scores [B] with `clip`; then codes
+            [B, image_seq_len] with `return_tokens`: a tuple if more than one.
+        Raises: ValueError, TypeError.
+        Source: DALLE-pytorch; filters and noise are described in docs/sampling.md.
         """
         from dalle_fast.sampling.images import generate_images  # at call time: sampling stands above models
 
         return generate_images(
             self, text, clip=clip, filter_thres=filter_thres, temperature=temperature, img=img,
-            num_init_img_tokens=num_init_img_tokens, cond_scale=cond_scale, use_cache=use_cache, seed=seed, generator=generator,
-            top_k=top_k, top_p=top_p, known_tokens=known_tokens, return_tokens=return_tokens, on_tokens=on_tokens,
+            num_init_img_tokens=num_init_img_tokens, cond_scale=cond_scale, use_cache=use_cache, seed=seed,
+            generator=generator, top_k=top_k, top_p=top_p, known_tokens=known_tokens, return_tokens=return_tokens,
+            on_tokens=on_tokens,
         )  # fmt: skip
 
     def generate_texts(
@@ -214,19 +235,28 @@ class DALLE(Pretrained):
 
         Args:
             tokenizer: an object with encode(str) and decode(ids, pad_tokens=set), or one whose `.tokenizer` has them.
-            text: the beginning; None or "" starts from nothing.   Others as `generate_images`.
+            text: the beginning; None or "" starts from nothing.
+            Others as `generate_images`.
         Returns: ids [1, text_seq_len], and the text in a list.
         """
         from dalle_fast.sampling.texts import generate_texts  # at call time: sampling stands above models
 
         return generate_texts(
-            self, tokenizer, text, filter_thres=filter_thres, temperature=temperature, seed=seed, generator=generator, top_k=top_k, top_p=top_p
+            self,
+            tokenizer,
+            text,
+            filter_thres=filter_thres,
+            temperature=temperature,
+            seed=seed,
+            generator=generator,
+            top_k=top_k,
+            top_p=top_p,
         )
 
     # -------------------------------------------------------------------------------------------- embeddings and head
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Embeddings [B, n, C] of text ids [B, n] that stand at positions 0..n-1: `<bos>` first, padding already unique."""
+        """Embeddings [B, n, C] of text ids [B, n], which stand at 0..n-1: `<bos>` first, padding already unique."""
         weight = self.to_logits.weight[: self.num_text_tokens] if self.share_input_output_emb else None
         tokens = self.text_emb(text) if weight is None else F.embedding(text, weight)
         if not self.rotary_emb:
@@ -287,61 +317,46 @@ class DALLE(Pretrained):
         if state is None:
             state = DecodeCache(self.layout, max_step=self.layout.length)
         if state.offset != offset:
-            raise ValueError(f"DALLE: cache must not be stepped through a copy, got one at {offset} whose state is at {state.offset}.")
+            raise ValueError(
+                f"DALLE: cache must not be stepped through a copy, got one at {offset} whose state is at "
+                f"{state.offset}."
+            )
         if tokens.shape[1] <= offset:
-            raise ValueError(f"DALLE: cache has read {offset} tokens, so text and image must have more, got {tokens.shape[1]}.")
+            raise ValueError(
+                f"DALLE: cache has read {offset} tokens, so text and image must have more, got {tokens.shape[1]}."
+            )
         logits = self._logits(self.transformer(tokens[:, offset:], cache=state), first=offset)
         cache.update(state=state, offset=state.offset)
         return logits
 
     def _loss(self, text: Tensor, codes: Tensor) -> Tensor:
         if codes.shape[0] == 0 or codes.shape[1] == 0:
-            raise ValueError(f"DALLE: return_loss needs at least one text and one image code, got image codes {list(codes.shape)}.")
+            raise ValueError(
+                f"DALLE: return_loss needs at least one text and one image code, got image codes {list(codes.shape)}."
+            )
         labels = torch.cat((text[:, 1:], codes), dim=1)
         hidden = self.transformer(self._embed(text, codes)[:, : labels.shape[1]])
         text_loss, image_loss = vocab_cross_entropy(
-            hidden, (self.logits_norm.weight, self.logits_norm.bias), self.to_logits.weight, self.to_logits.bias, labels,
-            self.layout, self.num_text_tokens, divide_max=self.stable,
+            hidden, (self.logits_norm.weight, self.logits_norm.bias), self.to_logits.weight, self.to_logits.bias,
+            labels, self.layout, self.num_text_tokens, divide_max=self.stable,
         )  # fmt: skip
         return (text_loss + self.loss_img_weight * image_loss) / (self.loss_img_weight + 1)
 
     # -------------------------------------------------------------------------------------------- checks
 
     def _checked_text(self, text: Tensor) -> Tensor:
-        if text.dim() != 2 or text.shape[1] != self.text_seq_len:
-            raise ValueError(
-                f"DALLE: text must be [B, text_seq_len={self.text_seq_len}], got {list(text.shape)}. "
-                "Tokenize with context_length=text_seq_len; <bos> is added here."
-            )
-        return _checked_ids(text, self.num_text_tokens, "text ids")
+        return checked_text(text, self.text_seq_len, self.num_text_tokens)
 
-    def _checked_image(self, image: Tensor | None, text: Tensor) -> Tensor:
+    def _codes(self, image: Tensor | None, text: Tensor) -> Tensor:
+        """Codes [B, n] of codes or pixels, checked; none of no image."""
         if image is None:
             return text[:, :0]
-        if image.shape[0] != text.shape[0]:
-            raise ValueError(f"DALLE: text and image must be one batch, got {text.shape[0]} texts and {image.shape[0]} images.")
+        pixels = [self.vae.channels, self.vae.image_size, self.vae.image_size]
+        check_image_shape(image, text.shape[0], self.image_seq_len, pixels)
         if image.dim() == 4:
-            expected = [self.vae.channels, self.vae.image_size, self.vae.image_size]
-            if list(image.shape[1:]) != expected:
-                raise ValueError(f"DALLE: pixels must be {['B', *expected]}, got {list(image.shape)}. Resize them as the VAE was trained.")
             return self.vae.get_codebook_indices(image)
-        if image.dim() != 2 or image.shape[1] > self.image_seq_len:
-            raise ValueError(
-                f"DALLE: image must be codes [B, at most {self.image_seq_len}] or pixels [B, channels, height, width], got {list(image.shape)}."
-            )
-        return _checked_ids(image, self.num_image_tokens, "image codes")
+        return checked_ids(image, self.num_image_tokens, "image codes")
 
 
 def _divided_by_max(hidden: Tensor) -> Tensor:
     return hidden / hidden.amax(dim=-1, keepdim=True).detach()
-
-
-def _checked_ids(ids: Tensor, limit: int, what: str) -> Tensor:
-    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"DALLE: {what} must be integers, got {ids.dtype}. Pass token ids, not embeddings or one-hot rows.")
-    # on an accelerator the check would wait for the device; there the embedding itself refuses
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= limit:
-            raise ValueError(f"DALLE: {what} must be in 0..{limit - 1}, got {lowest if lowest < 0 else highest}. Does the tokenizer fit the model?")
-    return ids.long()

@@ -38,5 +38,8 @@ def rotary_angles(layout: TokenLayout, dim_head: int) -> Tensor:
     row_axis = torch.cat((text_part, rows.repeat_interleave(layout.grid_cols)))
     col_axis = torch.cat((text_part, cols.repeat(layout.grid_rows)))
 
-    angles = torch.cat((text_axis[:, None] * text_frequency, row_axis[:, None] * pixel_frequency, col_axis[:, None] * pixel_frequency), dim=1)
+    angles = torch.cat(
+        (text_axis[:, None] * text_frequency, row_axis[:, None] * pixel_frequency, col_axis[:, None] * pixel_frequency),
+        dim=1,
+    )
     return angles.repeat_interleave(2, dim=1)

@@ -68,15 +68,15 @@ class ShiftCache:
         p, cols = position - self.layout.text_len, self.layout.grid_cols
         if p < 0:
             before = self.before[:, (position - 1) % self.before.shape[1]]
-            parts = (before if position > 0 else torch.zeros_like(before), x[:, half:])
+            parts = [before if position > 0 else torch.zeros_like(before), x[:, half:]]
         else:
             above = self.above[:, (p - cols) % self.above.shape[1]]
             left = self.left[:, (p - 1) % self.left.shape[1]]
-            parts = (
+            parts = [
                 above if p >= cols else torch.zeros_like(above),
                 left if p % cols else torch.zeros_like(left),
                 x[:, 2 * quarter :],
-            )
+            ]
         return torch.cat(parts, dim=-1)[:, None]
 
 

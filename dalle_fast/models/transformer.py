@@ -7,15 +7,16 @@ Source: DALLE-pytorch's Transformer, PreNorm, LayerScale, PreShiftToken (here on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import cycle, islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dalle_fast import patterns
-from dalle_fast.layout import TokenLayout
+from dalle_fast.layout import TokenLayout, as_grid
 from dalle_fast.models.attention import Attention, FeedForward
 from dalle_fast.models.cache import DecodeCache, LayerCache
 from dalle_fast.models.reversible import reversible
@@ -26,16 +27,23 @@ from dalle_fast.patterns import AttentionPattern
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse", "paper_row", "paper_col", "paper_conv")
 
+Kind = TypeVar("Kind", str, None)  # by which layers that share a module must agree
+
 
 class Branch(nn.Module):
     """One residual branch: norm, token shift, function, second norm, LayerScale.
 
     Args:
-        dim: C.   fn: the function, [B, N, C] -> [B, N, C].   depth: place of the block, from 1, which sets the initial scale.
-        sandwich_norm: norm the function's output too.   shift: the layout to shift tokens over, None for no shift.
+        dim: C.
+        fn: the function, [B, N, C] -> [B, N, C].
+        depth: place of the block, from 1, which sets the initial scale.
+        sandwich_norm: norm the function's output too.
+        shift: the layout to shift tokens over, None for no shift.
     """
 
-    def __init__(self, dim: int, fn: nn.Module, *, depth: int, sandwich_norm: bool = False, shift: TokenLayout | None = None) -> None:
+    def __init__(
+        self, dim: int, fn: nn.Module, *, depth: int, sandwich_norm: bool = False, shift: TokenLayout | None = None
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.fn = fn
@@ -43,24 +51,25 @@ class Branch(nn.Module):
         self.scale = nn.Parameter(torch.full((1, 1, dim), _initial_scale(depth)))
         self.layout = shift
 
-    def forward(self, x: Tensor, *, cache: LayerCache | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *, cache: LayerCache | None = None, **kwargs: Tensor | LayerCache | None) -> Tensor:
         """x [B, N, C] -> [B, N, C], to be added to x; further arguments go to the function."""
         normed = self.norm(x)
         if self.layout is not None:
-            normed = self._shifted(normed, cache)
+            normed = _shifted(normed, self.layout, cache)
         if cache is not None and isinstance(self.fn, Attention):
             kwargs["cache"] = cache
         return self.norm_out(self.fn(normed, **kwargs)) * self.scale
 
-    def _shifted(self, normed: Tensor, cache: LayerCache | None) -> Tensor:
-        if cache is None:
-            # Weights were trained with this: a text that is not complete is not shifted.
-            return normed if normed.shape[1] < self.layout.text_len else shift_tokens(normed, self.layout)
-        memory = cache.shift(normed)
-        memory.write(normed, cache.offset)
-        if cache.offset == 0:
-            return shift_tokens(normed, self.layout)
-        return memory.shift(normed, cache.offset)
+
+def _shifted(normed: Tensor, layout: TokenLayout, cache: LayerCache | None) -> Tensor:
+    if cache is None:
+        # Weights were trained with this: a text that is not complete is not shifted.
+        return normed if normed.shape[1] < layout.text_len else shift_tokens(normed, layout)
+    memory = cache.shift(normed)
+    memory.write(normed, cache.offset)
+    if cache.offset == 0:
+        return shift_tokens(normed, layout)
+    return memory.shift(normed, cache.offset)
 
 
 class Block(nn.Module):
@@ -76,7 +85,10 @@ class Transformer(Pretrained):
     """Blocks of attention and feed-forward over text and image tokens.
 
     Args:
-        dim: C.   depth: blocks.   seq_len: longest input, text_len - 1 + image tokens.   heads, dim_head: H, D.
+        dim: C.
+        depth: blocks.
+        seq_len: longest input, text_len - 1 + image tokens.
+        heads, dim_head: H, D.
         reversible: recompute activations in the backward pass instead of storing them.
         causal: False attends everywhere (CLIP); `attn_types` is then ignored but for `full`.
         attn_types: a name or names, cycled over the blocks, out of `ATTENTION_TYPES`; default `full`.
@@ -86,6 +98,8 @@ class Transformer(Pretrained):
             sparse, and every layer decodes from its own cache.
     Raises: ValueError (unknown type, sizes that do not fit, shared ids whose types differ).
     """
+
+    angles: Tensor | None  # a buffer
 
     def __init__(
         self,
@@ -115,7 +129,9 @@ class Transformer(Pretrained):
         if depth < 1:
             raise ValueError(f"Transformer: depth must be at least 1, got {depth}.")
         if image_fmap_size is None and (rotary_emb or shift_tokens):
-            raise ValueError("Transformer: rotary_emb and shift_tokens need image_fmap_size. Pass it, or set both to False.")
+            raise ValueError(
+                "Transformer: rotary_emb and shift_tokens need image_fmap_size. Pass it, or set both to False."
+            )
         self.seq_len = seq_len
         self.reversible = reversible
         self.layout = _layout(seq_len, image_fmap_size)
@@ -123,20 +139,23 @@ class Transformer(Pretrained):
         types = attention_types(attn_types, depth)
         make_attention = partial(Attention, dim, heads=heads, dim_head=dim_head, dropout=attn_dropout, stable=stable)
         attentions = _shared(types, shared_attn_ids, lambda name: make_attention(pattern=self._pattern(name, causal)))
-        feed_forwards = _shared([None] * depth, shared_ff_ids, lambda _: FeedForward(dim, mult=ff_mult, dropout=ff_dropout))
+        feed_forwards = _shared(
+            [None] * depth, shared_ff_ids, lambda _: FeedForward(dim, mult=ff_mult, dropout=ff_dropout)
+        )
         shift = self.layout if shift_tokens else None
         branch = partial(Branch, dim, sandwich_norm=sandwich_norm, shift=shift)
         self.blocks = nn.ModuleList(
-            Block(branch(attn, depth=i), branch(ff, depth=i)) for i, (attn, ff) in enumerate(zip(attentions, feed_forwards), start=1)
+            Block(branch(attn, depth=i), branch(ff, depth=i))
+            for i, (attn, ff) in enumerate(zip(attentions, feed_forwards, strict=True), start=1)
         )
         self._dim_head = dim_head
         self.register_buffer("angles", rotary_angles(self.layout, dim_head) if rotary_emb else None, persistent=False)
 
-    def _apply(self, fn, recurse: bool = True):
-        module = super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        super()._apply(fn, recurse)
         if self.angles is not None:  # moved with the module, never rounded with it
             self.angles = rotary_angles(self.layout, self._dim_head).to(self.angles.device)
-        return module
+        return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
         """x [B, N, C] -> [B, N, C].
@@ -158,7 +177,8 @@ class Transformer(Pretrained):
                 x = x + ff(x)
         elif torch.is_grad_enabled():
             random = self.training and self._random
-            x = sum(reversible(x, x, halves, tuple(self.blocks.parameters()), random=random)) / 2
+            x1, x2 = reversible(x, x, halves, tuple(self.blocks.parameters()), random=random)
+            x = (x1 + x2) / 2
         else:
             x1 = x2 = x
             for attn, ff in halves:
@@ -169,13 +189,19 @@ class Transformer(Pretrained):
             cache.advance(x.shape[1])
         return x
 
-    def _halves(self, mask: Tensor | None, cache: DecodeCache | None) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    def _halves(
+        self, mask: Tensor | None, cache: DecodeCache | None
+    ) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
         def part(i: int, name: str) -> LayerCache | None:
             return None if cache is None else cache.layer(i, name)
 
+        blocks: Iterable[Any] = self.blocks  # of Block, or of what an adapter put in its place
         return [
-            (partial(block.attn, cache=part(i, "attn"), mask=mask, rotary=self.angles), partial(block.ff, cache=part(i, "ff")))
-            for i, block in enumerate(self.blocks)
+            (
+                partial(block.attn, cache=part(i, "attn"), mask=mask, rotary=self.angles),
+                partial(block.ff, cache=part(i, "ff")),
+            )
+            for i, block in enumerate(blocks)
         ]
 
     def _pattern(self, name: str, causal: bool) -> AttentionPattern:
@@ -205,29 +231,32 @@ def attention_types(attn_types: str | Sequence[str] | None, depth: int) -> list[
     return list(islice(cycle(names), depth))
 
 
-def _shared(kinds: Sequence, ids: Sequence[object] | None, make: Callable) -> list[nn.Module]:
+def _shared(kinds: Sequence[Kind], ids: Sequence[object] | None, make: Callable[[Kind], nn.Module]) -> list[nn.Module]:
     """One module for each layer; layers of one id share theirs, which must then be of one kind."""
-    ids = range(len(kinds)) if ids is None else list(islice(cycle(ids), len(kinds)))
+    keys: Sequence[object] = range(len(kinds)) if ids is None else list(islice(cycle(ids), len(kinds)))
+    if len(keys) != len(kinds):
+        raise ValueError("shared_attn_ids, shared_ff_ids: must name at least one id, got none. None shares nothing.")
     made: dict[object, tuple[object, nn.Module]] = {}
-    for layer, (key, kind) in enumerate(zip(ids, kinds)):
+    for layer, (key, kind) in enumerate(zip(keys, kinds, strict=True)):
         if key not in made:
             made[key] = (kind, make(kind))
         elif made[key][0] != kind:
             raise ValueError(
-                f"shared_attn_ids: layers that share {key!r} must have one attention type, got {made[key][0]!r} and {kind!r} (layer {layer})."
+                f"shared_attn_ids: layers that share {key!r} must have one attention type, "
+                f"got {made[key][0]!r} and {kind!r} (layer {layer})."
             )
-    return [made[key][1] for key in ids]
+    return [made[key][1] for key in keys]
 
 
 def _layout(seq_len: int, image_fmap_size: int | tuple[int, int] | None) -> TokenLayout:
     if image_fmap_size is None:
         return TokenLayout(seq_len, (1, 1))  # text alone: the one image position stays unused
-    grid = (image_fmap_size, image_fmap_size) if isinstance(image_fmap_size, int) else tuple(image_fmap_size)
+    grid = (image_fmap_size, image_fmap_size) if isinstance(image_fmap_size, int) else as_grid(image_fmap_size)
     text_len = seq_len + 1 - grid[0] * grid[1]
     if text_len < 1:
         raise ValueError(
-            f"Transformer: seq_len must be at least {grid[0] * grid[1]} for a grid of {grid[0]} x {grid[1]}, got {seq_len}. "
-            "seq_len is text tokens + image tokens."
+            f"Transformer: seq_len must be at least {grid[0] * grid[1]} for a grid of {grid[0]} x {grid[1]}, "
+            f"got {seq_len}. seq_len is text tokens + image tokens."
         )
     return TokenLayout(text_len, grid)
 

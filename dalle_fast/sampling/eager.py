@@ -17,8 +17,9 @@ class EagerEngine:
     """Decodes with caches typed by pattern: a step reads the new tokens only.
 
     Args:
-        model: its parameters are read at every step.   cond_scale: guidance; other than 1 runs a second, text-free
-            sequence a sample, in the same batch.   max_step, max_rollback: see `DecodeCache`.
+        model: its parameters are read at every step.
+        cond_scale: guidance; other than 1 runs a second, text-free sequence a sample, in the same batch.
+        max_step, max_rollback: see `DecodeCache`.
     """
 
     def __init__(self, model: DALLE, *, cond_scale: float = 1.0, max_step: int = 1, max_rollback: int = 0) -> None:
@@ -61,7 +62,9 @@ class EagerEngine:
     def _embedded_text(self, tokens: Tensor) -> Tensor:
         start, n = self._cache.offset, tokens.shape[1]
         if n > 1 and start + n >= self.model.layout.text_len:
-            raise ValueError(f"step: {n} tokens from position {start} cross from text to image. Read the last text token alone.")
+            raise ValueError(
+                f"step: {n} tokens from position {start} cross from text to image. Read the last text token alone."
+            )
         before = tokens.new_zeros(tokens.shape[0], start)
         return self.model.embed_text(torch.cat((before, tokens), dim=1))[:, start:]
 

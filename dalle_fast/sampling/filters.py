@@ -29,7 +29,9 @@ class Filters:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"generate: temperature must be a number >= 0, got {self.temperature}. 0 takes the most likely token.")
+            raise ValueError(
+                f"generate: temperature must be a number >= 0, got {self.temperature}. 0 takes the most likely token."
+            )
         if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int)):
             raise TypeError(f"generate: top_k must be an int, got {self.top_k!r}.")
         if self.top_k is not None and self.top_k < 1:
@@ -38,10 +40,18 @@ class Filters:
             raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}.")
 
     @classmethod
-    def from_threshold(cls, filter_thres: float, vocabulary: int, *, temperature: float, top_k: int | None, top_p: float | None) -> Filters:
-        """`filter_thres` keeps that share less of the whole vocabulary (text and image), as the original; top_k replaces it."""
+    def from_threshold(
+        cls, filter_thres: float, vocabulary: int, *, temperature: float, top_k: int | None, top_p: float | None
+    ) -> Filters:
+        """`filter_thres` keeps that share less of the whole vocabulary (text and image), as the original.
+
+        `top_k` replaces it.
+        """
         if not 0 <= filter_thres <= 1:
-            raise ValueError(f"generate: filter_thres must be in 0..1, got {filter_thres}. It is the share of the vocabulary to drop.")
+            raise ValueError(
+                f"generate: filter_thres must be in 0..1, got {filter_thres}. "
+                "It is the share of the vocabulary to drop."
+            )
         if top_k is None:
             top_k = max(int((1 - filter_thres) * vocabulary), 1)
         return cls(temperature, top_k, top_p)

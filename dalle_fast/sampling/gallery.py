@@ -17,11 +17,16 @@ _FONT_SIZE = 14
 def to_pixels(vae: Any, images: Tensor) -> Tensor:
     """Undoes the normalisation that `vae.decode` leaves in: float [B, C, H, W] in 0..1.
 
-    Args: vae: whose `normalization` is (means, stds) by channel, or None.   images: [B, C, H, W], what it decoded.
+    Args:
+        vae: whose `normalization` is (means, stds) by channel, or None.
+        images: [B, C, H, W], what it decoded.
     """
     normalization = getattr(vae, "normalization", None)
     if normalization is not None:
-        mean, std = (torch.as_tensor(values, dtype=images.dtype, device=images.device)[: images.shape[1]] for values in normalization)
+        mean, std = (
+            torch.as_tensor(values, dtype=images.dtype, device=images.device)[: images.shape[1]]
+            for values in normalization
+        )
         images = images * std[:, None, None] + mean[:, None, None]
     return images.clamp(0, 1)
 
@@ -37,7 +42,9 @@ def to_pil(pixels: Tensor) -> Image.Image:
 def labelled_grid(rows: Sequence[tuple[str, Tensor]], *, scale: int = 1) -> Image.Image:
     """A sheet with one row a label: the label above its pictures.
 
-    Args: rows: (label, pixels [n, C, H, W] in 0..1), n and sizes alike in all rows.   scale: enlarges whole pixels.
+    Args:
+        rows: (label, pixels [n, C, H, W] in 0..1), n and sizes alike in all rows.
+        scale: enlarges whole pixels.
     """
     if not rows or any(pixels.shape != rows[0][1].shape for _, pixels in rows):
         raise ValueError("labelled_grid: rows must be one or more, all with pictures of one shape and number.")

@@ -39,9 +39,14 @@ def generate_images(
     on_tokens: OnTokens | None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See `DALLE.generate_images`."""
-    filters = Filters.from_threshold(filter_thres, model.total_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    filters = Filters.from_threshold(
+        filter_thres, model.total_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     if img is not None and known_tokens is not None:
-        raise ValueError("generate_images: img and known_tokens must not both be given, got both. Encode img and mark its codes instead.")
+        raise ValueError(
+            "generate_images: img and known_tokens must not both be given, got both. "
+            "Encode img and mark its codes instead."
+        )
     if img is None and num_init_img_tokens is not None:
         raise ValueError("generate_images: num_init_img_tokens needs img, the image whose codes are kept, got none.")
     if cond_scale != cond_scale or abs(cond_scale) == float("inf"):
@@ -51,7 +56,9 @@ def generate_images(
     seeds = rng.resolve_seeds(seed, text.shape[0], generator)
     with evaluating(model, model.vae, clip):
         known = _primed(model, img, num_init_img_tokens, text) if img is not None else _known(model, known_tokens, text)
-        engine = EagerEngine(model, cond_scale=cond_scale) if use_cache else UncachedEngine(model, cond_scale=cond_scale)
+        engine = (
+            EagerEngine(model, cond_scale=cond_scale) if use_cache else UncachedEngine(model, cond_scale=cond_scale)
+        )
         codes = draw_codes(model, engine, prompt, known, filters, seeds, on_tokens)
         images = model.vae.decode(codes)
         results = [images]
@@ -63,7 +70,13 @@ def generate_images(
 
 
 def draw_codes(
-    model: DALLE, engine: EagerEngine | UncachedEngine, prompt: Tensor, known: Tensor, filters: Filters, seeds: list[int], on_tokens: OnTokens | None
+    model: DALLE,
+    engine: EagerEngine | UncachedEngine,
+    prompt: Tensor,
+    known: Tensor,
+    filters: Filters,
+    seeds: list[int],
+    on_tokens: OnTokens | None,
 ) -> Tensor:
     """Codes [B, R * C] after the prompt [B, T]: the known ones (not -1) kept, the others drawn in raster order."""
     layout, n_image = model.layout, model.image_seq_len
@@ -100,7 +113,9 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def _noise(filters: Filters, seeds: list[int], first: int, model: DALLE, device: torch.device) -> Iterator[Tensor | None]:
+def _noise(
+    filters: Filters, seeds: list[int], first: int, model: DALLE, device: torch.device
+) -> Iterator[Tensor | None]:
     """Gumbel noise [B, K] of image token first, first + 1, ...: a function of seed and token alone."""
     n_image, n_codes, batch = model.image_seq_len, model.num_image_tokens, len(seeds)
     if not filters.needs_noise:
@@ -110,7 +125,9 @@ def _noise(filters: Filters, seeds: list[int], first: int, model: DALLE, device:
     together = max(1, min(model.layout.grid_cols, _NOISE_VALUES // (batch * n_codes)))
     for start in range(first, n_image, together):
         position = torch.arange(start, min(start + together, n_image), device=device)
-        grid = rng.gumbel_noise(seed_of.repeat(len(position)), position.repeat_interleave(batch), rng.Stream.IMAGE_SAMPLING, n_codes)
+        grid = rng.gumbel_noise(
+            seed_of.repeat(len(position)), position.repeat_interleave(batch), rng.Stream.IMAGE_SAMPLING, n_codes
+        )
         yield from grid.view(len(position), batch, n_codes)
 
 
@@ -124,10 +141,15 @@ def _primed(model: DALLE, img: Tensor, num_init_img_tokens: int | None, text: Te
     vae, n_image = model.vae, model.image_seq_len
     expected = [text.shape[0], vae.channels, vae.image_size, vae.image_size]
     if list(img.shape) != expected:
-        raise ValueError(f"generate_images: img must be {expected}, got {list(img.shape)}. Give one image a text, of the VAE's size.")
+        raise ValueError(
+            f"generate_images: img must be {expected}, got {list(img.shape)}. Give one image a text, of the VAE's size."
+        )
     n = int(_PRIMED_SHARE * n_image) if num_init_img_tokens is None else num_init_img_tokens
     if not 0 <= n < n_image:
-        raise ValueError(f"generate_images: num_init_img_tokens must be in 0..{n_image - 1}, got {n}. At least one code must be drawn.")
+        raise ValueError(
+            f"generate_images: num_init_img_tokens must be in 0..{n_image - 1}, got {n}. "
+            "At least one code must be drawn."
+        )
     known = vae.get_codebook_indices(img).clone()
     known[:, n:] = -1
     return known
@@ -140,9 +162,13 @@ def _known(model: DALLE, known_tokens: Tensor | None, text: Tensor) -> Tensor:
     if known_tokens is None:
         return known
     if known_tokens.dim() != 2 or known_tokens.shape[0] != batch or known_tokens.shape[1] > n_image:
-        raise ValueError(f"generate_images: known_tokens must be [B={batch}, at most {n_image}], got {list(known_tokens.shape)}.")
+        raise ValueError(
+            f"generate_images: known_tokens must be [B={batch}, at most {n_image}], got {list(known_tokens.shape)}."
+        )
     if known_tokens.is_floating_point() or known_tokens.dtype == torch.bool:
-        raise TypeError(f"generate_images: known_tokens must be integers, got {known_tokens.dtype}. -1 marks a code to draw.")
+        raise TypeError(
+            f"generate_images: known_tokens must be integers, got {known_tokens.dtype}. -1 marks a code to draw."
+        )
     if known_tokens.numel() and not -1 <= int(known_tokens.min()) <= int(known_tokens.max()) < model.num_image_tokens:
         raise ValueError(
             f"generate_images: known_tokens must be -1 or codes in 0..{model.num_image_tokens - 1}, "

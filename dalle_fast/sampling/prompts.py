@@ -1,4 +1,4 @@
-"""What a model was trained to draw: known captions, words a prompt has and they do not, and the captions nearest to it."""
+"""What a model was trained to draw: known captions, words a prompt has and they do not, the captions nearest to it."""
 
 from __future__ import annotations
 

@@ -32,11 +32,16 @@ def generate_texts(
 ) -> tuple[Tensor, list[str]]:
     """See `DALLE.generate_texts`."""
     tokenizer = _with_codec(tokenizer)
-    filters = Filters.from_threshold(filter_thres, model.total_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    filters = Filters.from_threshold(
+        filter_thres, model.total_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     beginning = [int(i) for i in tokenizer.encode(text)] if text else []
     length, device = model.text_seq_len, model.to_logits.weight.device
     if len(beginning) >= length:
-        raise ValueError(f"generate_texts: text must be shorter than {length} tokens, got {len(beginning)}. There is nothing left to write.")
+        raise ValueError(
+            f"generate_texts: text must be shorter than {length} tokens, got {len(beginning)}. "
+            "There is nothing left to write."
+        )
     ids = torch.tensor([beginning + [0] * (length - len(beginning))], device=device)
     prompt = model.padded_text(ids)[:, : 1 + len(beginning)]  # <bos> and the beginning
     seeds = rng.resolve_seeds(seed, 1, generator)
@@ -57,10 +62,15 @@ def _with_codec(tokenizer: Any) -> Any:
     for candidate in (tokenizer, getattr(tokenizer, "tokenizer", None)):
         if hasattr(candidate, "encode") and hasattr(candidate, "decode"):
             return candidate
-    raise TypeError(f"generate_texts: tokenizer must have encode and decode, or a .tokenizer that has, got {type(tokenizer).__name__}.")
+    raise TypeError(
+        "generate_texts: tokenizer must have encode and decode, or a .tokenizer that has, "
+        f"got {type(tokenizer).__name__}."
+    )
 
 
 def _noise(filters: Filters, seeds: list[int], position: int, model: DALLE, device: torch.device) -> Tensor | None:
     if not filters.needs_noise:
         return None
-    return rng.gumbel_noise(seeds, torch.tensor([position], device=device), rng.Stream.TEXT_SAMPLING, model.num_text_tokens)
+    return rng.gumbel_noise(
+        seeds, torch.tensor([position], device=device), rng.Stream.TEXT_SAMPLING, model.num_text_tokens
+    )

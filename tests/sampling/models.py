@@ -12,7 +12,15 @@ def small_dalle(dtype=torch.float64, **options) -> DALLE:
     """5 text tokens, 8 x 8 image tokens of 30 codes."""
     torch.manual_seed(7)
     vae = DiscreteVAE(image_size=16, num_tokens=30, codebook_dim=8, num_layers=1, hidden_dim=8)
-    settings = {"dim": 32, "num_text_tokens": 20, "text_seq_len": 5, "depth": 4, "heads": 2, "dim_head": 16, "attn_types": ALL_TYPES}
+    settings = {
+        "dim": 32,
+        "num_text_tokens": 20,
+        "text_seq_len": 5,
+        "depth": 4,
+        "heads": 2,
+        "dim_head": 16,
+        "attn_types": ALL_TYPES,
+    }
     model = DALLE(vae=vae, **{**settings, **options})
     with torch.no_grad():
         for name, parameter in model.named_parameters():

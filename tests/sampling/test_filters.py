@@ -21,7 +21,7 @@ def kept_by_sorting(logits, top_k, temperature, top_p):
     if top_p is not None and top_p < 1:
         weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
         total, reached, kept = sum(weights), 0.0, []
-        for i, weight in zip(order, weights):
+        for i, weight in zip(order, weights, strict=True):
             if reached / total >= top_p and logits[i] < logits[kept[-1]]:
                 break
             kept.append(i)
@@ -38,7 +38,7 @@ def test_filters_keep_what_sorting_keeps(top_k, top_p, temperature, levels):
     generator = torch.Generator().manual_seed(levels)
     logits = torch.randint(levels, (4, 23), generator=generator).double() * (6 / levels)  # 3 levels: many ties
     filtered = Filters(temperature, top_k, top_p).filtered(logits)
-    for row, out in zip(logits, filtered):
+    for row, out in zip(logits, filtered, strict=True):
         kept = kept_by_sorting(row.tolist(), top_k, temperature, top_p)
         assert set(out.isfinite().nonzero().flatten().tolist()) == kept
         assert torch.equal(out[sorted(kept)], row[sorted(kept)] / temperature)
@@ -69,9 +69,11 @@ def test_draws_follow_softmax():
     expected, seen = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (expected, seen))
     statistic = float(((seen - expected) ** 2 / expected).sum())
     degrees = len(expected) - 1
-    limit = degrees * (1 - 2 / (9 * degrees) + 4.753 * math.sqrt(2 / (9 * degrees))) ** 3  # 4.753 = normal quantile of 1 - 1e-6
+    quantile = 4.753  # of the normal distribution, at 1 - 1e-6
+    limit = degrees * (1 - 2 / (9 * degrees) + quantile * math.sqrt(2 / (9 * degrees))) ** 3
     assert statistic < limit, f"chi-square {statistic:.0f} of {degrees} degrees of freedom, limit {limit:.0f}"
-    assert float(((drawn.bincount(minlength=N_CODES).roll(1).double()[~rare] - expected[:-1]) ** 2 / expected[:-1]).sum()) > limit
+    wrong = drawn.bincount(minlength=N_CODES).roll(1).double()[~rare]
+    assert float(((wrong - expected[:-1]) ** 2 / expected[:-1]).sum()) > limit
 
 
 @pytest.mark.parametrize(
@@ -91,5 +93,5 @@ def test_impossible_settings_are_refused_in_words(settings, error, message):
 
 
 def test_impossible_threshold_is_refused_in_words():
-    with pytest.raises(ValueError, match="filter_thres must be in 0..1"):
+    with pytest.raises(ValueError, match=r"filter_thres must be in 0\.\.1"):
         Filters.from_threshold(1.5, 10, temperature=1, top_k=None, top_p=None)

@@ -11,7 +11,9 @@ from dalle_fast.sampling.prompts import KnownCaptions
 
 @pytest.mark.parametrize("normalization", [((0.5,) * 3, (0.5,) * 3), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), None])
 def test_to_pixels_undoes_the_normalisation_of_the_vae(normalization):
-    vae = DiscreteVAE(image_size=8, num_tokens=4, codebook_dim=4, num_layers=1, hidden_dim=4, normalization=normalization)
+    vae = DiscreteVAE(
+        image_size=8, num_tokens=4, codebook_dim=4, num_layers=1, hidden_dim=4, normalization=normalization
+    )
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(to_pixels(vae, vae.norm(images)), images, rtol=0, atol=1e-6)
 

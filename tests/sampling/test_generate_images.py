@@ -20,7 +20,12 @@ OPTIONS = {
     "reversible": {"reversible": True},
     "stable": {"stable": True},
     "sandwich": {"sandwich_norm": True},
-    "shared": {"depth": 4, "attn_types": ("full", "axial_row"), "shared_attn_ids": (0, 1, 0, 1), "shared_ff_ids": (0, 0, 1, 1)},
+    "shared": {
+        "depth": 4,
+        "attn_types": ("full", "axial_row"),
+        "shared_attn_ids": (0, 1, 0, 1),
+        "shared_ff_ids": (0, 0, 1, 1),
+    },
     "tied": {"share_input_output_emb": True},
 }
 
@@ -103,7 +108,12 @@ def test_seed_none_follows_torch():
 
 def test_on_tokens_reports_each_row_once():
     model, text, seen = small_dalle(), prompts(2), []
-    out = drawn(model, text, known_tokens=torch.zeros(2, 11, dtype=torch.long), on_tokens=lambda start, codes: seen.append((start, codes)))
+    out = drawn(
+        model,
+        text,
+        known_tokens=torch.zeros(2, 11, dtype=torch.long),
+        on_tokens=lambda start, codes: seen.append((start, codes)),
+    )
     assert [(start, codes.shape[1]) for start, codes in seen] == [(11, 5), *((start, 8) for start in range(16, 64, 8))]
     assert torch.equal(torch.cat([codes for _, codes in seen], dim=1), out[:, 11:])
 
