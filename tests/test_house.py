@@ -17,7 +17,6 @@ import dalle_fast
 from dalle_fast import _build, _extension
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("demo", "bench", "dev")
 HEAVY = ("triton", "torchvision", "matplotlib", "transformers")  # imported by nothing that a user's import reaches
 
 
@@ -216,10 +215,10 @@ def test_setup_names_what_is_missing(setup_venv, monkeypatch, capsys):
     assert "-venv" in setup_venv.what_is_missing()
 
 
-@pytest.fixture
-def checkout(tmp_path):
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
     """A copy of what git tracks: building in place would leave its traces here."""
-    copy = tmp_path / "checkout"
+    copy = tmp_path_factory.mktemp("copy") / "checkout"
     tracked = run(["git", "ls-files", "-z"])
     if tracked.returncode != 0:
         pytest.skip("not a git checkout: no list of the files to copy")
@@ -231,10 +230,10 @@ def checkout(tmp_path):
     return copy
 
 
-@pytest.fixture
-def beside_torch(tmp_path):
+@pytest.fixture(scope="module")
+def beside_torch(tmp_path_factory):
     """The Python of a new environment that sees the packages of this one, torch among them."""
-    folder = tmp_path / "venv"
+    folder = tmp_path_factory.mktemp("beside") / "venv"
     assert run([sys.executable, "-m", "venv", str(folder)]).returncode == 0
     site_packages = next(folder.glob("lib/python*/site-packages"))
     here = Path(torch.__file__).resolve().parent.parent
@@ -251,15 +250,15 @@ def test_installation_beside_a_torch_leaves_it_alone(checkout, beside_torch, tmp
     assert run([beside_torch, "-c", "import torch; print(torch.__version__, torch.__file__)"]).stdout == before
     code = """if True:
         import dalle_fast, dalle_fast.kernels, torch
-        from dalle_fast import _extension, rng
+        from dalle_fast import _extension, functional, rng
         print(dalle_fast.__file__); print(dalle_fast.kernels.__file__); print(_extension.missing())
-        print(rng.gumbel_noise(1, torch.arange(2), rng.Stream.VAE, 5).shape)
+        print(functional.gumbel_noise(1, torch.arange(2), rng.Stream.VAE, 5).shape)
     """
     done = run([beside_torch, "-c", code], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     package, kernels, missing, shape = done.stdout.splitlines()
     folder = Path(package).parent
-    assert tmp_path in folder.parents
+    assert Path(beside_torch).parent.parent in folder.parents
     assert Path(kernels) == folder / "kernels" / "__init__.py"
     assert missing == "None" or _build.why_not() is not None
     assert shape == "torch.Size([2, 5])"
@@ -267,11 +266,10 @@ def test_installation_beside_a_torch_leaves_it_alone(checkout, beside_torch, tmp
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_no_extra_changes_torch(checkout, beside_torch, extra, tmp_path):
+def test_no_extra_changes_torch(setup_venv, checkout, beside_torch, tmp_path):
     report = tmp_path / "report.json"
     command = [beside_torch, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "--report", str(report)]
-    done = run([*command, f"{checkout}[{extra}]"], cwd=tmp_path)
+    done = run([*command, f"{checkout}[{setup_venv.EXTRAS}]"], cwd=tmp_path)
     if done.returncode != 0 and "No matching distribution" in done.stderr:
         pytest.skip(f"pip reaches no package index from here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr

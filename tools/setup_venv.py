@@ -56,7 +56,7 @@ def main() -> int:
     pip += shlex.split(arguments.pip_args)
     if kept is None:
         run([*pip, spec])
-    run([*pip, "setuptools>=77", "wheel"])
+    run([*pip, "setuptools>=64", "wheel"])
     # Without build isolation: nothing is fetched a second time to build with.
     run([*pip, "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS}]"])
     run([*pip, "--no-deps", WITHOUT_DEPENDENCIES])
