@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -57,22 +57,6 @@ def uniform(words: Tensor) -> Tensor:
 def gumbel(words: Tensor) -> Tensor:
     """-log(-log(u)), computed in float64 and rounded once to float32. Always finite: u is never 0 or 1."""
     return (-torch.log(-torch.log(uniform(words).double()))).to(torch.float32)
-
-
-def gumbel_noise(
-    seed: int | Sequence[int] | Tensor,
-    positions: Tensor,
-    stream: Stream,
-    n_codes: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Gumbel noise [n, n_codes] by the best implementation: see `dalle_fast.ops.gumbel_noise.gumbel_noise`."""
-    from dalle_fast.ops.gumbel_noise import gumbel_noise as op  # at call time: ops stand above this module
-
-    positions = positions if device is None else positions.to(device)
-    return op(seed, positions, stream, n_codes, dtype=dtype)
 
 
 def resolve_seeds(

@@ -20,7 +20,8 @@ import math
 import torch
 from torch import Tensor
 
-from dalle_fast.rng import Stream, gumbel_noise
+from dalle_fast.reference.gumbel_noise import gumbel_noise
+from dalle_fast.rng import Stream, seeds_to_tensor
 
 
 def gumbel_codebook(
@@ -48,7 +49,9 @@ def gumbel_codebook(
         logits = _logits(features, weight, bias)
         if isinstance(noise, int):
             rows = torch.arange(len(logits), device=logits.device)
-            noise = gumbel_noise(noise, rows, Stream.VAE, len(codebook), dtype=logits.dtype)
+            noise = gumbel_noise(seeds_to_tensor(noise, logits.device), rows, Stream.VAE, len(codebook)).to(
+                logits.dtype
+            )
         else:
             noise = _rows(noise).to(logits.dtype)
         noisy = logits + noise

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dalle_fast import rng
 from dalle_fast.models.dalle import DALLE
+from dalle_fast.ops.gumbel_noise import gumbel_noise
 from dalle_fast.sampling.eager import EagerEngine, UncachedEngine
 from dalle_fast.sampling.filters import Filters
 
@@ -125,7 +126,7 @@ def _noise(
     together = max(1, min(model.layout.grid_cols, _NOISE_VALUES // (batch * n_codes)))
     for start in range(first, n_image, together):
         position = torch.arange(start, min(start + together, n_image), device=device)
-        grid = rng.gumbel_noise(
+        grid = gumbel_noise(
             seed_of.repeat(len(position)), position.repeat_interleave(batch), rng.Stream.IMAGE_SAMPLING, n_codes
         )
         yield from grid.view(len(position), batch, n_codes)

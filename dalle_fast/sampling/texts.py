@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dalle_fast import rng
 from dalle_fast.models.dalle import DALLE
+from dalle_fast.ops.gumbel_noise import gumbel_noise
 from dalle_fast.sampling.eager import EagerEngine
 from dalle_fast.sampling.filters import Filters
 from dalle_fast.sampling.images import evaluating
@@ -71,6 +72,4 @@ def _with_codec(tokenizer: Any) -> Any:
 def _noise(filters: Filters, seeds: list[int], position: int, model: DALLE, device: torch.device) -> Tensor | None:
     if not filters.needs_noise:
         return None
-    return rng.gumbel_noise(
-        seeds, torch.tensor([position], device=device), rng.Stream.TEXT_SAMPLING, model.num_text_tokens
-    )
+    return gumbel_noise(seeds, torch.tensor([position], device=device), rng.Stream.TEXT_SAMPLING, model.num_text_tokens)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from small_models import small_dalle
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle_fast.cli.draw import draw
-from tests.sampling.models import small_dalle
 
 
 @pytest.fixture

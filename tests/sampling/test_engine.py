@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from small_models import prompts, small_dalle
 
 from dalle_fast.models.cache import DecodeCache
 from dalle_fast.models.transformer import Transformer
 from dalle_fast.sampling.eager import EagerEngine, UncachedEngine
-from tests.sampling.models import prompts, small_dalle
 
 TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse", "paper_row", "paper_conv")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dalle_fast import rng
+from dalle_fast.ops.gumbel_noise import gumbel_noise
 from dalle_fast.sampling.filters import Filters
 
 # chi-square of 255 degrees of freedom exceeds this with probability 1e-6 (Wilson-Hilferty)
@@ -61,7 +62,7 @@ def test_draws_follow_softmax():
     """Chi-square of 40,000 draws against softmax, at a fixed seed; fails with probability 1e-6 for a right sampler."""
     logits = torch.randn(N_CODES, generator=torch.Generator().manual_seed(0)) * 1.5
     temperature = 0.8
-    noise = rng.gumbel_noise(1234, torch.arange(N_DRAWS), rng.Stream.IMAGE_SAMPLING, N_CODES)
+    noise = gumbel_noise(1234, torch.arange(N_DRAWS), rng.Stream.IMAGE_SAMPLING, N_CODES)
     drawn = Filters(temperature).choose(logits.expand(N_DRAWS, -1), noise)
     expected = (logits.double() / temperature).softmax(-1) * N_DRAWS
     seen = drawn.bincount(minlength=N_CODES).double()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from small_models import prompts, small_dalle
 
 from dalle_fast.models.clip import CLIP
-from tests.sampling.models import prompts, small_dalle
 
 OPTIONS = {
     "cycle": {},

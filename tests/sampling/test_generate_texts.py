@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from tests.sampling.models import small_dalle
+from small_models import small_dalle
 
 
 class Blanks:
