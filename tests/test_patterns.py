@@ -144,8 +144,7 @@ def test_a_ring_still_holds_every_key_a_window_asks_for(name, options, text_len,
     cache = KVCache(pattern, slack, torch.zeros(1, 1, 1, 1))
     assert cache.k.shape[2] == size
     for position in range(pattern.layout.length):
-        here = torch.full((1, 1, 1, 1), float(position))
-        cache.write(here, here, position)
+        cache.write(torch.full((2, 1, 1, 1, 1), float(position)), position)
         for back in range(min(slack, position) + 1):  # a rollback of up to `slack` may come back here
             read = sorted(int(p) for k, _ in cache.window(position - back) for p in k.flatten())
             assert read == pattern.window(position - back).tolist()

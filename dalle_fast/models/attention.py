@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dalle_fast.models.cache import KVCache, LayerCache
 from dalle_fast.ops.sparse_attention import sparse_attention
 from dalle_fast.patterns import AttentionPattern
-from dalle_fast.reference.sparse_attention import rotate
+from dalle_fast.reference.sparse_attention import turn_pairs
 
 
 class Attention(nn.Module):
@@ -63,9 +63,11 @@ class Attention(nn.Module):
 
     def _cached(self, qkv: Tensor, rotary: Tensor | None, cache: LayerCache) -> Tensor:
         start, n = cache.offset, qkv.shape[3]
-        q, k, v = qkv if rotary is None else rotate(qkv, rotary[start : start + n])
+        if rotary is not None:
+            qkv = turn_pairs(qkv, cache.state.turns(rotary, qkv.dtype)[start : start + n])
+        q, k, v = qkv
         kept = cache.keys(self.pattern, k)
-        kept.write(k, v, start)
+        kept.write(qkv[1:], start)
         if start == 0:
             return sparse_attention(q, k, v, pattern=self.pattern, stable=self.stable)
         if n == 1:
@@ -77,9 +79,11 @@ class Attention(nn.Module):
 def attend_window(q: Tensor, kept: KVCache, position: int) -> Tensor:
     """One query [B, H, 1, D] over its window, which lies in one or two pieces of the cache."""
     pieces = kept.window(position)
+    if len(pieces) == 1:
+        return F.scaled_dot_product_attention(q, *pieces[0])
     scale = q.shape[-1] ** -0.5
     scores = [q @ k.transpose(-1, -2) for k, _ in pieces]  # [B, H, 1, W]
-    weights = ((torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]) * scale).softmax(dim=-1)
+    weights = (torch.cat(scores, dim=-1) * scale).softmax(dim=-1)
     parts = weights.split([k.shape[2] for k, _ in pieces], dim=-1)
     out = parts[0] @ pieces[0][1]
     for weight, (_, v) in zip(parts[1:], pieces[1:], strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dalle_fast.models.token_shift import ShiftCache
 from dalle_fast.patterns import AttentionPattern
+from dalle_fast.reference.sparse_attention import turns
 
 if TYPE_CHECKING:
     from dalle_fast.layout import TokenLayout
@@ -36,30 +37,27 @@ class KVCache:
         self.slot_of = slots_of_positions(pattern, slack)
         batch, heads, _, dim_head = like.shape
         size = pattern.layout.text_len + ring_slots(pattern, slack)
-        self.k = like.new_empty(batch, heads, size, dim_head)
-        self.v = like.new_empty(batch, heads, size, dim_head)
+        self._kv = like.new_empty(2, batch, heads, size, dim_head)
+        self.k, self.v = self._kv
         self._pieces = WindowPieces.of(pattern, slack, like.device)
         self._device = like.device
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return self._kv.nbytes
 
-    def write(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Remembers k, v [B, H, M, D] of positions start .. start + M - 1; of more than fit, the last."""
-        n = k.shape[2]
+    def write(self, kv: Tensor, start: int) -> None:
+        """Remembers keys and values [2, B, H, M, D] of positions start .. start + M - 1; of more than fit, the last."""
+        n = kv.shape[3]
         if n == 1:
-            slot = self.slot_of[start]
-            self.k[:, :, slot] = k[:, :, 0]
-            self.v[:, :, slot] = v[:, :, 0]
+            self._kv[:, :, :, self.slot_of[start]] = kv[:, :, :, 0]
             return
         text_len = self.pattern.layout.text_len
         first_image = max(start, text_len, start + n - (self.k.shape[2] - text_len))
         kept = [p for p in range(start, start + n) if p < text_len or p >= first_image]
         slots = torch.tensor([self.slot_of[p] for p in kept], device=self._device)
         rows = torch.tensor([p - start for p in kept], device=self._device)
-        self.k.index_copy_(2, slots, k.index_select(2, rows))
-        self.v.index_copy_(2, slots, v.index_select(2, rows))
+        self._kv.index_copy_(3, slots, kv.index_select(3, rows))
 
     def window(self, position: int) -> list[tuple[Tensor, Tensor]]:
         """The keys and values the query at `position` attends to, as pieces ([B, H, W, D], [B, H, W, D])."""
@@ -97,6 +95,7 @@ class DecodeCache:
         self._furthest = 0
         self._keys: dict[tuple[int, str], KVCache] = {}
         self._shifts: dict[tuple[int, str], ShiftCache] = {}
+        self._turns: Tensor | None = None
 
     @property
     def slack(self) -> int:
@@ -110,6 +109,12 @@ class DecodeCache:
     def layer(self, index: int, name: str) -> LayerCache:
         """The part of branch `name` ("attn" or "ff") of block `index`."""
         return LayerCache(self, index, name)
+
+    def turns(self, angles: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rotations of every position, for values of `dtype`: computed once, every layer turns by the same."""
+        if self._turns is None:
+            self._turns = turns(angles, dtype)
+        return self._turns
 
     def advance(self, n: int) -> None:
         """Counts n positions as read; called once every layer has seen them."""

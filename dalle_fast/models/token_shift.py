@@ -46,18 +46,16 @@ class ShiftCache:
         half, quarter = _chunks(channels)
         ahead = 1 + slack  # a step is written before it is read
         self.before = like.new_zeros(batch, 1 + ahead, half)
-        self.above = like.new_zeros(batch, layout.grid_cols + ahead, quarter)
-        self.left = like.new_zeros(batch, 1 + ahead, max(0, min(quarter, channels - quarter)))
+        self.image = like.new_zeros(batch, layout.grid_cols + ahead, min(2 * quarter, channels))
 
     def write(self, x: Tensor, start: int) -> None:
         """Remembers x [B, M, C], the activations at positions start .. start + M - 1."""
         text_len, n = self.layout.text_len, x.shape[1]
         n_text = min(max(text_len - start, 0), n)
-        half, quarter = _chunks(x.shape[-1])
-        _write_ring(self.before, x[:, :n_text, :half], start)
-        first_image = start + n_text - text_len
-        _write_ring(self.above, x[:, n_text:, :quarter], first_image)
-        _write_ring(self.left, x[:, n_text:, quarter : 2 * quarter], first_image)
+        if n_text:
+            _write_ring(self.before, x[:, :n_text, : self.before.shape[2]], start)
+        if n_text < n:
+            _write_ring(self.image, x[:, n_text:, : self.image.shape[2]], start + n_text - text_len)
 
     def shift(self, x: Tensor, start: int) -> Tensor:
         """Shifts x [B, M, C] at positions start .. start + M - 1, which `write` has remembered with all before them."""
@@ -70,8 +68,9 @@ class ShiftCache:
             before = self.before[:, (position - 1) % self.before.shape[1]]
             parts = [before if position > 0 else torch.zeros_like(before), x[:, half:]]
         else:
-            above = self.above[:, (p - cols) % self.above.shape[1]]
-            left = self.left[:, (p - 1) % self.left.shape[1]]
+            slots = self.image.shape[1]
+            above = self.image[:, (p - cols) % slots, :quarter]
+            left = self.image[:, (p - 1) % slots, quarter:]
             parts = [
                 above if p >= cols else torch.zeros_like(above),
                 left if p % cols else torch.zeros_like(left),
@@ -88,7 +87,7 @@ def _write_ring(ring: Tensor, x: Tensor, start: int) -> None:
     n, slots = x.shape[1], ring.shape[1]
     if n == 1:
         ring[:, start % slots] = x[:, 0]
-    elif n > 1:
+    else:
         kept = min(n, slots)
         slot = torch.arange(start + n - kept, start + n, device=x.device) % slots
         ring.index_copy_(1, slot, x[:, n - kept :])

@@ -88,14 +88,25 @@ def sparse_attention(
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turns the pairs (2i, 2i + 1) of the first rot channels of x by `angles`; the other channels stay.
 
-    Args: x: [..., N, D].   angles: [>= N, rot], raw, the same for both channels of a pair.
+    Args:
+        x: [..., N, D].
+        angles: [>= N, rot], raw radians, the same for both channels of a pair.
     Returns: [..., N, D], dtype of x. Sines, cosines and products are float32 at least, whatever the dtype of x:
         angles reach thousands of radians, which 16 bits cannot hold.
     """
-    n, rot = x.shape[-2], angles.shape[-1]
+    return turn_pairs(x, turns(angles[: x.shape[-2]], x.dtype))
+
+
+def turns(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rotations by raw angles [N, rot] as complex numbers [N, rot / 2], for values of `dtype`."""
+    angle = angles[:, ::2].to(torch.promote_types(dtype, torch.float32))
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def turn_pairs(x: Tensor, turn: Tensor) -> Tensor:
+    """`rotate` with the rotations [N, rot / 2] of `turns`."""
+    rot = 2 * turn.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    angle = angles[:n, ::2].to(dtype)  # [N, rot / 2]
-    turn = torch.polar(torch.ones_like(angle), angle)
     # A pair is one complex number, its rotation one product: a third fewer passes than with sines and cosines apart.
     pairs = torch.complex(x[..., :rot:2].to(dtype), x[..., 1:rot:2].to(dtype))
     turned = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)

@@ -33,7 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DalleRecipe:
-    """Numbers of a run; the defaults are the shipped model's."""
+    """Numbers of a run; the defaults are the shipped model's.
+
+    noisy_share, noise_rate: in this share of the samples, codes that are read (not those to predict) are replaced, each
+        with a probability drawn from 0..noise_rate. Without it the model recognises a picture by its first codes, and
+        what the caption says matters at a few codes only; with it the caption matters everywhere.
+    """
 
     text_seq_len: int = 16
     batch: int = 16
@@ -46,6 +51,8 @@ class DalleRecipe:
     plain_captions: float = 0.6
     word_dropout: float = 0.03
     null_cond_prob: float = 0.05
+    noisy_share: float = 0.6
+    noise_rate: float = 0.7
     seed: int = 0
     save_seconds: float = 180.0
     log_steps: int = 20
@@ -95,7 +102,7 @@ def train_dalle(
     budget: Budget,
     recipe: DalleRecipe = DalleRecipe(),
     on_log: Callable[[dict[str, float | int]], None] | None = None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Train `dalle` in place on codes [n, grid * grid] and the caption lines of each picture.
 
@@ -104,18 +111,23 @@ def train_dalle(
     Each step is split over `recipe.workers` threads, which suits a shared machine better than one thread pool that
     waits at every operation: call with torch.set_num_threads(1).
 
-    Args: loss_fn: (text, codes) -> loss, for instance LeanLoss(dalle); None means DALLE.forward.
+    Args: loss_fn: (text, codes to predict, codes to read) -> loss, for instance LeanLoss(dalle); None: DALLE.forward,
+        which reads what it predicts: recipe.noisy_share must then be 0.
     """
     if recipe.batch % recipe.workers:
         raise ValueError(
             f"train_dalle: batch must be a multiple of workers, got {recipe.batch} and {recipe.workers}. Change one."
         )
+    if loss_fn is None and recipe.noisy_share > 0:
+        raise ValueError(
+            f"train_dalle: noisy_share must be 0 without a loss_fn, got {recipe.noisy_share}. Pass LeanLoss(dalle)."
+        )
     with ThreadPoolExecutor(recipe.workers) as threads:
         _train(dalle, tokenizer, codes, captions, out, budget, recipe, on_log, loss_fn or _plain_loss(dalle), threads)
 
 
-def _plain_loss(dalle: DALLE) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda text, codes: dalle(text, codes, return_loss=True)
+def _plain_loss(dalle: DALLE) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda text, codes, inputs: dalle(text, codes, return_loss=True)
 
 
 def _train(
@@ -127,7 +139,7 @@ def _train(
     budget: Budget,
     recipe: DalleRecipe,
     on_log: Callable[[dict[str, float | int]], None] | None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     threads: ThreadPoolExecutor,
 ) -> None:
     optimisers = make_optimisers(dalle, recipe, threads.map)
@@ -152,8 +164,8 @@ def _train(
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = recipe.learning_rate * scale
-        text, image = _draw_batch(tokenizer, codes, captions, step, recipe)
-        losses.append(_accumulate(loss_fn, list(trainable.values()), text, image, threads, recipe.workers))
+        batch = _draw_batch(tokenizer, codes, captions, step, recipe)
+        losses.append(_accumulate(loss_fn, list(trainable.values()), batch, threads, recipe.workers))
         nn.utils.clip_grad_norm_(trainable.values(), recipe.clip)
         for optimiser in optimisers:
             optimiser.step()
@@ -179,8 +191,11 @@ def _train(
 
 def _draw_batch(
     tokenizer: Tokenizer, codes: Tensor, captions: Sequence[Sequence[str]], step: int, recipe: DalleRecipe
-) -> tuple[Tensor, Tensor]:
-    """Text ids [batch, text_seq_len] and codes [batch, R * C] of one step; some texts are left empty, for guidance."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Text ids [batch, text_seq_len], codes to predict and codes to read [batch, R * C] of one step.
+
+    Some texts are left empty, for guidance.
+    """
     generator = step_generator(recipe.seed, step)
     index = epoch_indices(len(codes), step, recipe.batch, recipe.seed)
     lines = [
@@ -189,24 +204,37 @@ def _draw_batch(
     ]
     text = encode_captions(tokenizer, lines, recipe.text_seq_len)
     text[torch.rand(len(text), generator=generator) < recipe.null_cond_prob] = 0
-    return text, codes[index]
+    wanted = codes[index]
+    return text, wanted, add_noise(wanted, codes, generator, share=recipe.noisy_share, rate=recipe.noise_rate)
+
+
+def add_noise(wanted: Tensor, codes: Tensor, generator: torch.Generator, *, share: float, rate: float) -> Tensor:
+    """`wanted` [B, R * C] with some codes replaced: those of the neighbour in the batch, or of anywhere in `codes`.
+
+    A sample is touched with probability `share`, each of its codes then with a probability drawn from 0..rate.
+    """
+    noisy = torch.rand(len(wanted), 1, generator=generator) < share
+    rates = torch.rand(len(wanted), 1, generator=generator) * rate
+    replaced = noisy & (torch.rand(wanted.shape, generator=generator) < rates)
+    anywhere = codes.flatten()[torch.randint(codes.numel(), wanted.shape, generator=generator)]
+    neighbour = torch.rand(wanted.shape, generator=generator) < 0.5
+    return torch.where(replaced, torch.where(neighbour, wanted.roll(1, 0), anywhere), wanted)
 
 
 def _accumulate(
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     parameters: Sequence[Tensor],
-    text: Tensor,
-    image: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor],
     threads: ThreadPoolExecutor,
     workers: int,
 ) -> float:
     """Set every parameter's gradient to the mean over the parts of the batch, in order; returns the mean loss."""
 
-    def part(pair: tuple[Tensor, Tensor]) -> tuple[float, tuple[Tensor, ...]]:
-        loss = loss_fn(*pair)
+    def part(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[float, tuple[Tensor, ...]]:
+        loss = loss_fn(*tensors)
         return loss.item(), torch.autograd.grad(loss, parameters)
 
-    parts = list(threads.map(part, zip(text.chunk(workers), image.chunk(workers), strict=True)))
+    parts = list(threads.map(part, zip(*(tensor.chunk(workers) for tensor in batch), strict=True)))
     for place, parameter in enumerate(parameters):
         parameter.grad = torch.stack([gradients[place] for _, gradients in parts]).mean(0)
     return sum(loss for loss, _ in parts) / workers

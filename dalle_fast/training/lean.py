@@ -43,12 +43,14 @@ class LeanLoss(nn.Module):
         self.masks = [block.attn.fn.pattern.dense(n)[None, None] for block in transformer.blocks]
         self.shifts = transformer.blocks[0].attn.layout is not None
 
-    def forward(self, text: Tensor, codes: Tensor) -> Tensor:
-        """The scalar loss."""
+    def forward(self, text: Tensor, codes: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """The scalar loss of predicting `codes` behind `inputs` [B, R * C], by default `codes` themselves."""
         dalle: Any = self.dalle
         unique = torch.arange(dalle.num_text_tokens - dalle.text_seq_len, dalle.num_text_tokens)
         text = torch.where(text == 0, unique, text)
-        x = torch.cat((dalle.text_emb(F.pad(text, (1, 0))), dalle.image_emb(codes[:, :-1])), dim=1)
+        x = torch.cat(
+            (dalle.text_emb(F.pad(text, (1, 0))), dalle.image_emb((codes if inputs is None else inputs)[:, :-1])), dim=1
+        )
         for block, mask in zip(dalle.transformer.blocks, self.masks, strict=True):
             attn, ff = block.attn, block.ff
             x = x + attn.norm_out(self._attend(attn.fn, self._shift(attn.norm(x)), mask)) * attn.scale
