@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from dalle_fast.models.saving import Pretrained
@@ -115,7 +116,9 @@ class CLIP(Pretrained):
 
     def _image_latents(self, image: Tensor) -> Tensor:
         """Unit vectors [B, dim_latent]."""
-        x = self.to_visual_embedding(_patches(image, self.visual_patch_size)) + self.visual_pos_emb.weight
+        size = self.visual_patch_size
+        patches = rearrange(image, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=size, p2=size)
+        x = self.to_visual_embedding(patches) + self.visual_pos_emb.weight
         x = self.visual_transformer(x)
         return F.normalize(self.to_visual_latent(x.mean(dim=1)), dim=-1)
 
@@ -161,9 +164,3 @@ class CLIP(Pretrained):
 
 def _encoder(dim: int, depth: int, heads: int, seq_len: int) -> Transformer:
     return Transformer(causal=False, seq_len=seq_len, dim=dim, depth=depth, heads=heads, rotary_emb=False)
-
-
-def _patches(image: Tensor, size: int) -> Tensor:
-    """[B, C, S, S] -> [B, patches in raster order, size * size * C], channels innermost."""
-    blocks = image.unfold(2, size, size).unfold(3, size, size)  # [B, C, rows, columns, size, size]
-    return blocks.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
