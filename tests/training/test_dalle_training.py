@@ -11,13 +11,21 @@ from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.tokenizers.hug import HugTokenizer
 from dalle_fast.training.captions import draw_caption, encode_captions, train_tokenizer
-from dalle_fast.training.dalle import DalleRecipe, encode_pictures, epoch_indices, make_optimisers, train_dalle
+from dalle_fast.training.dalle import (
+    DalleRecipe,
+    add_noise,
+    encode_pictures,
+    epoch_indices,
+    make_optimisers,
+    train_dalle,
+)
 from dalle_fast.training.lean import LeanLoss
 from dalle_fast.training.loop import Budget
 from dalle_fast.training.muon import Muon, orthogonalise
 
 CAPTIONS = [["red apple", "a red apple", "an emoji of a red apple"], ["owl", "an owl"], ["blue heart", "a blue heart"]]
-TINY = DalleRecipe(text_seq_len=5, batch=4, warmup_steps=1, save_seconds=0.0, log_steps=1)
+TINY = DalleRecipe(text_seq_len=5, batch=4, warmup_steps=1, save_seconds=0.0, log_steps=1, noisy_share=0)
+NOISY = replace(TINY, noisy_share=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,9 @@ def test_training_reduces_the_loss_and_writes_a_log(tokenizer, tmp_path):
 
 def test_an_interrupted_run_resumes_bit_for_bit(tokenizer, tmp_path):
     whole = tiny_dalle()
-    train_dalle(whole, tokenizer, codes(), CAPTIONS, tmp_path / "whole", Budget(steps=6), TINY, loss_fn=LeanLoss(whole))
+    train_dalle(
+        whole, tokenizer, codes(), CAPTIONS, tmp_path / "whole", Budget(steps=6), NOISY, loss_fn=LeanLoss(whole)
+    )
 
     def stop(row):
         if row["step"] == 4:
@@ -109,9 +119,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(tokenizer, tmp_path):
     parts = tmp_path / "parts"
     broken = tiny_dalle()
     with pytest.raises(KeyboardInterrupt):
-        train_dalle(broken, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), TINY, stop, LeanLoss(broken))
+        train_dalle(broken, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), NOISY, stop, LeanLoss(broken))
     resumed = tiny_dalle()
-    train_dalle(resumed, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), TINY, loss_fn=LeanLoss(resumed))
+    train_dalle(resumed, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), NOISY, loss_fn=LeanLoss(resumed))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -128,6 +138,35 @@ def test_an_epoch_shows_every_picture_once():
     shown = torch.cat([epoch_indices(n, step, batch, seed=3) for step in range(5)])
     assert shown[:10].sort().values.tolist() == shown[10:].sort().values.tolist() == list(range(10))
     assert shown[:10].tolist() != shown[10:].tolist()
+
+
+def test_the_lean_loss_reads_other_codes_than_it_predicts():
+    dalle = tiny_dalle().double()
+    text = torch.tensor([[7, 3, 0, 0, 0], [1, 2, 3, 4, 299], [5, 0, 0, 0, 0]])
+    wanted, read = codes(), codes().roll(1, 0)
+    logits = dalle(text, read)[:, 5:, dalle.num_text_tokens :]
+    text_loss = torch.nn.functional.cross_entropy(
+        dalle(text, read)[:, :5].transpose(1, 2), dalle.padded_text(text)[:, 1:]
+    )
+    image_loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted)
+    assert_same_in_float64(LeanLoss(dalle)(text, wanted, read), (text_loss + 7 * image_loss) / 8, 4 * 64 * 3 * 21)
+
+
+def test_noise_replaces_codes_of_its_share_of_the_samples():
+    everything = torch.arange(4000).view(100, 40)
+    wanted = everything[:80]
+    noisy = add_noise(wanted, everything, torch.Generator().manual_seed(0), share=0.5, rate=0.8)
+    changed = noisy != wanted
+    assert 25 < int(changed.any(1).sum()) < 55
+    assert 0.25 < changed[changed.any(1)].float().mean() < 0.55
+    from_neighbour = noisy == wanted.roll(1, 0)
+    assert 0.4 < (from_neighbour & changed).sum() / changed.sum() < 0.6
+    assert torch.equal(add_noise(wanted, everything, torch.Generator(), share=0.0, rate=0.8), wanted)
+
+
+def test_noise_needs_a_loss_that_can_read_other_codes(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="noisy_share must be 0"):
+        train_dalle(tiny_dalle(), tokenizer, codes(), CAPTIONS, tmp_path, Budget(steps=1), NOISY)
 
 
 def test_batch_must_fit_the_workers(tokenizer, tmp_path):
