@@ -38,12 +38,15 @@ build: $(READY)
 demo: build
 	@$(RUN) -m dalle_fast.cli draw $(if $(PROMPT),"$(PROMPT)")
 
+# One thread an op: the tests are many small ones. What depends on threads sets their number itself.
+test test-long: export OMP_NUM_THREADS ?= 1
+
 test: build
-	@echo "make test: about 5 minutes on two cores (the slow proofs: make test-long)."
+	@echo "make test: about 3 minutes on two cores (the slow proofs: make test-long)."
 	@$(RUN) -m pytest -m "not long and not gpu" -q --durations=10
 
 test-long: build
-	@echo "make test-long: about 10 minutes on two cores."
+	@echo "make test-long: about 6 minutes on two cores."
 	@$(RUN) -m pytest -m "long and not gpu" -q --durations=10
 	@echo "make test-long: once more what make test proves, with extension and Triton blocked."
 	@DALLE_FAST_TEST_BARE=1 $(RUN) -m pytest -m "not long and not gpu" -q

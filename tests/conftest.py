@@ -20,10 +20,10 @@ from dalle_fast import _extension
 
 def pytest_report_header() -> list[str]:
     """What this run tests on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     missing = _extension.missing()
     extension = missing or f"instruction sets {', '.join(_extension.instruction_sets())}; auto takes {_extension.isa()}"
-    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, gpu: {gpu}", f"extension: {extension}"]
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs"
+    return [machine, f"extension: {extension}"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
