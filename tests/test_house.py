@@ -215,6 +215,13 @@ def test_setup_names_what_is_missing(setup_venv, monkeypatch, capsys):
     assert "-venv" in setup_venv.what_is_missing()
 
 
+@pytest.mark.long
+def test_setup_takes_over_an_environment_that_is_there(setup_venv, tmp_path):
+    assert run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)]).returncode == 0
+    setup_venv.make_environment(tmp_path, see_this_python=False)
+    assert run([str(setup_venv.python_of(tmp_path)), "-m", "pip", "--version"]).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of what git tracks: building in place would leave its traces here."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -149,7 +150,10 @@ def announce(folder: Path, kept: str | None, spec: str) -> None:
 def make_environment(folder: Path, *, see_this_python: bool) -> None:
     """A venv; one that sees the packages of this Python where that is itself a venv, too."""
     inside_venv = sys.prefix != sys.base_prefix
-    builder = venv.EnvBuilder(system_site_packages=see_this_python and not inside_venv, with_pip=True)
+    # Links, as `python -m venv` makes them: copies would fail over an environment that is already there.
+    builder = venv.EnvBuilder(
+        system_site_packages=see_this_python and not inside_venv, with_pip=True, symlinks=os.name != "nt"
+    )
     builder.create(folder)
     if see_this_python and inside_venv:
         # --system-site-packages would show the Python below this venv instead.

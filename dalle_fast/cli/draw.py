@@ -75,6 +75,11 @@ class DrawingModel:
 
         Where there are, it also reads captions.txt, examples.txt and sampling.json.
         """
+        if directory == SHIPPED_MODEL and not directory.is_dir():
+            raise FileNotFoundError(
+                f"draw: the shipped model is part of the repository, not of an installed package; {directory} is not there."
+                " Name a saved model with --model."
+            )
         dalle = DALLE.from_pretrained(directory)
         tokenizer = HugTokenizer(directory / "tokenizer.json")
         captions, examples, sampling = (directory / name for name in ("captions.txt", "examples.txt", "sampling.json"))
