@@ -77,8 +77,8 @@ class DrawingModel:
         """
         if directory == SHIPPED_MODEL and not directory.is_dir():
             raise FileNotFoundError(
-                f"draw: the shipped model is part of the repository, not of an installed package; {directory} is not there."
-                " Name a saved model with --model."
+                "draw: the shipped model is part of the repository, not of an installed package;"
+                f" {directory} is not there. Name a saved model with --model."
             )
         dalle = DALLE.from_pretrained(directory)
         tokenizer = HugTokenizer(directory / "tokenizer.json")
