@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -19,7 +18,6 @@ from dalle_fast.training import dalle as dalle_training
 from dalle_fast.training import dvae as vae_training
 from dalle_fast.training import quality
 from dalle_fast.training.demo import EmojiData, build_dalle, build_vae
-from dalle_fast.training.lean import LeanLoss
 from dalle_fast.training.loop import Budget
 from dalle_fast.training.pack import FIXED_LIST, SETTINGS
 from dalle_fast.training.pack import pack as write_model
@@ -67,8 +65,7 @@ def train_vae(data: Path, run: Path, minutes: float) -> None:
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=93.0, show_default=True, help="Training time."
 )
-@click.option("--compile/--no-compile", "compiled", default=False, help="Compile the loss with torch.compile.")
-def train(data: Path, run: Path, minutes: float, compiled: bool) -> None:
+def train(data: Path, run: Path, minutes: float) -> None:
     """Train the transformer on DATA with the VAE in RUN/vae; RUN/model is the result. The same command resumes."""
     emoji = _read_data(data)
     try:
@@ -80,14 +77,10 @@ def train(data: Path, run: Path, minutes: float, compiled: bool) -> None:
     tokenizer.save(str(run / "tokenizer.json"))
     torch.manual_seed(0)
     dalle = build_dalle(vae, tokenizer)
-    loss: Any = LeanLoss(dalle)
     # One thread a worker of the trainer, none inside an operation.
     torch.set_num_threads(1)
     codes = _codes(vae, emoji, run / "codes.safetensors")
-    loss = torch.compile(loss, dynamic=False) if compiled else loss
-    dalle_training.train_dalle(
-        dalle, tokenizer, codes, lines, run, Budget(minutes=minutes), on_log=_report, loss_fn=loss
-    )
+    dalle_training.train_dalle(dalle, tokenizer, codes, lines, run, Budget(minutes=minutes), on_log=_report)
     dalle.save_pretrained(run / "model", tokenizer=run / "tokenizer.json")
 
 

@@ -43,6 +43,15 @@ def check_image_shape(image: Tensor, n_texts: int, image_seq_len: int, pixels: l
         )
 
 
+def checked_labels(labels: Tensor, codes: Tensor, num_image_tokens: int) -> Tensor:
+    """Codes to predict, int64 like `codes` [B, n]. Raises ValueError (shape, range), TypeError (dtype)."""
+    if labels.shape != codes.shape:
+        raise ValueError(
+            f"DALLE: labels must be {list(codes.shape)}, one for each code of image, got {list(labels.shape)}."
+        )
+    return checked_ids(labels, num_image_tokens, "labels")
+
+
 def checked_ids(ids: Tensor, limit: int, what: str) -> Tensor:
     """Token ids as int64. Raises TypeError (dtype), ValueError (not in 0..limit - 1)."""
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):

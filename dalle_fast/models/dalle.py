@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dalle_fast.layout import TokenLayout
 from dalle_fast.models.cache import DecodeCache
-from dalle_fast.models.checks import check_image_shape, check_vae, checked_ids, checked_text
+from dalle_fast.models.checks import check_image_shape, check_vae, checked_ids, checked_labels, checked_text
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.transformer import Transformer
 from dalle_fast.ops.vocab_cross_entropy import vocab_cross_entropy
@@ -122,6 +122,7 @@ class DALLE(Pretrained):
         return_loss: bool = False,
         null_cond_prob: float = 0.0,
         cache: dict[str, Any] | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Logits of every next token, or the loss.
 
@@ -134,6 +135,8 @@ class DALLE(Pretrained):
             null_cond_prob: probability with which a sample's text is replaced by padding.
             cache: {} on the first call, the same dict on later ones, whose `image` is longer; only the tokens the
                 cache has not seen are read, and only their logits returned.
+            labels: int [B, n], the codes a loss compares with, where they are not those of `image` (noise in what is
+                read, a relabelled image).
         Returns: [B, N, total_tokens], -finfo.max where a position cannot predict a token; or the scalar loss.
         Raises: ValueError, TypeError (shapes, ranges, dtypes, a cache that belongs to another call).
         """
@@ -146,7 +149,11 @@ class DALLE(Pretrained):
         if return_loss:
             if cache is not None:
                 raise ValueError("DALLE: return_loss and cache cannot be combined. A loss needs every position.")
-            return self._loss(text, codes)
+            return self._loss(
+                text, codes, codes if labels is None else checked_labels(labels, codes, self.num_image_tokens)
+            )
+        if labels is not None:
+            raise ValueError("DALLE: labels are what a loss compares with, got them without return_loss=True.")
         if cache is not None:
             return self._cached_logits(text, codes, cache)
         return self._logits(self.transformer(self._embed(text, codes)), first=0)
@@ -329,12 +336,12 @@ class DALLE(Pretrained):
         cache.update(state=state, offset=state.offset)
         return logits
 
-    def _loss(self, text: Tensor, codes: Tensor) -> Tensor:
+    def _loss(self, text: Tensor, codes: Tensor, wanted: Tensor) -> Tensor:
         if codes.shape[0] == 0 or codes.shape[1] == 0:
             raise ValueError(
                 f"DALLE: return_loss needs at least one text and one image code, got image codes {list(codes.shape)}."
             )
-        labels = torch.cat((text[:, 1:], codes), dim=1)
+        labels = torch.cat((text[:, 1:], wanted), dim=1)
         hidden = self.transformer(self._embed(text, codes)[:, : labels.shape[1]])
         text_loss, image_loss = vocab_cross_entropy(
             hidden, (self.logits_norm.weight, self.logits_norm.bias), self.to_logits.weight, self.to_logits.bias,

@@ -102,7 +102,6 @@ def train_dalle(
     budget: Budget,
     recipe: DalleRecipe = DalleRecipe(),
     on_log: Callable[[dict[str, float | int]], None] | None = None,
-    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Train `dalle` in place on codes [n, grid * grid] and the caption lines of each picture.
 
@@ -110,24 +109,13 @@ def train_dalle(
 
     Each step is split over `recipe.workers` threads, which suits a shared machine better than one thread pool that
     waits at every operation: call with torch.set_num_threads(1).
-
-    Args: loss_fn: (text, codes to predict, codes to read) -> loss, for instance LeanLoss(dalle); None: DALLE.forward,
-        which reads what it predicts: recipe.noisy_share must then be 0.
     """
     if recipe.batch % recipe.workers:
         raise ValueError(
             f"train_dalle: batch must be a multiple of workers, got {recipe.batch} and {recipe.workers}. Change one."
         )
-    if loss_fn is None and recipe.noisy_share > 0:
-        raise ValueError(
-            f"train_dalle: noisy_share must be 0 without a loss_fn, got {recipe.noisy_share}. Pass LeanLoss(dalle)."
-        )
     with ThreadPoolExecutor(recipe.workers) as threads:
-        _train(dalle, tokenizer, codes, captions, out, budget, recipe, on_log, loss_fn or _plain_loss(dalle), threads)
-
-
-def _plain_loss(dalle: DALLE) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda text, codes, inputs: dalle(text, codes, return_loss=True)
+        _train(dalle, tokenizer, codes, captions, out, budget, recipe, on_log, threads)
 
 
 def _train(
@@ -139,7 +127,6 @@ def _train(
     budget: Budget,
     recipe: DalleRecipe,
     on_log: Callable[[dict[str, float | int]], None] | None,
-    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     threads: ThreadPoolExecutor,
 ) -> None:
     optimisers = make_optimisers(dalle, recipe, threads.map)
@@ -165,7 +152,7 @@ def _train(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.learning_rate * scale
         batch = _draw_batch(tokenizer, codes, captions, step, recipe)
-        losses.append(_accumulate(loss_fn, list(trainable.values()), batch, threads, recipe.workers))
+        losses.append(_accumulate(dalle, list(trainable.values()), batch, threads, recipe.workers))
         nn.utils.clip_grad_norm_(trainable.values(), recipe.clip)
         for optimiser in optimisers:
             optimiser.step()
@@ -222,7 +209,7 @@ def add_noise(wanted: Tensor, codes: Tensor, generator: torch.Generator, *, shar
 
 
 def _accumulate(
-    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dalle: DALLE,
     parameters: Sequence[Tensor],
     batch: tuple[Tensor, Tensor, Tensor],
     threads: ThreadPoolExecutor,
@@ -231,7 +218,8 @@ def _accumulate(
     """Set every parameter's gradient to the mean over the parts of the batch, in order; returns the mean loss."""
 
     def part(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[float, tuple[Tensor, ...]]:
-        loss = loss_fn(*tensors)
+        text, wanted, read = tensors
+        loss = dalle(text, read, return_loss=True, labels=wanted)
         return loss.item(), torch.autograd.grad(loss, parameters)
 
     parts = list(threads.map(part, zip(*(tensor.chunk(workers) for tensor in batch), strict=True)))

@@ -1,4 +1,4 @@
-"""Training the transformer: captions, the lean loss, Muon, resuming."""
+"""Training the transformer: captions, noisy codes, Muon, resuming."""
 
 import csv
 from dataclasses import replace
@@ -19,7 +19,6 @@ from dalle_fast.training.dalle import (
     make_optimisers,
     train_dalle,
 )
-from dalle_fast.training.lean import LeanLoss
 from dalle_fast.training.loop import Budget
 from dalle_fast.training.muon import Muon, orthogonalise
 
@@ -70,29 +69,6 @@ def test_draw_caption_follows_its_probabilities():
     assert draw_caption(lines, torch.Generator(), plain=1.0, word_dropout=0.0) == lines[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"sandwich_norm": True}, {"shift_tokens": False}, {"shared_ff_ids": (0, 1)}])
-def test_the_lean_loss_is_the_loss_of_the_model(options):
-    dalle = tiny_dalle(**options).double()
-    text = torch.tensor([[7, 3, 0, 0, 0], [0, 0, 0, 0, 0], [1, 2, 3, 4, 299]])
-    parameters = [p for p in dalle.parameters() if p.requires_grad]
-    lean = LeanLoss(dalle)
-    expected, got = dalle(text, codes(), return_loss=True), lean(text, codes())
-    # Sums over the channels, then over the tokens of the batch, layer after layer.
-    n_terms = 4 * 64 * 3 * 21
-    assert_same_in_float64(got, expected, n_terms)
-    wanted = torch.autograd.grad(expected, parameters)
-    for gradient, own in zip(torch.autograd.grad(got, parameters), wanted, strict=True):
-        assert_same_in_float64(gradient, own, n_terms)
-
-
-@pytest.mark.parametrize(
-    "options", [{"reversible": True}, {"stable": True}, {"rotary_emb": False}, {"share_input_output_emb": True}]
-)
-def test_the_lean_loss_refuses_models_it_does_not_know(options):
-    with pytest.raises(ValueError, match=r"DALLE\.forward"):
-        LeanLoss(tiny_dalle(**options))
-
-
 def test_training_reduces_the_loss_and_writes_a_log(tokenizer, tmp_path):
     dalle, quick = tiny_dalle(), replace(TINY, learning_rate=2e-2)
     text = encode_captions(tokenizer, [lines[0] for lines in CAPTIONS], 5)
@@ -108,9 +84,7 @@ def test_training_reduces_the_loss_and_writes_a_log(tokenizer, tmp_path):
 
 def test_an_interrupted_run_resumes_bit_for_bit(tokenizer, tmp_path):
     whole = tiny_dalle()
-    train_dalle(
-        whole, tokenizer, codes(), CAPTIONS, tmp_path / "whole", Budget(steps=6), NOISY, loss_fn=LeanLoss(whole)
-    )
+    train_dalle(whole, tokenizer, codes(), CAPTIONS, tmp_path / "whole", Budget(steps=6), NOISY)
 
     def stop(row):
         if row["step"] == 4:
@@ -119,9 +93,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(tokenizer, tmp_path):
     parts = tmp_path / "parts"
     broken = tiny_dalle()
     with pytest.raises(KeyboardInterrupt):
-        train_dalle(broken, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), NOISY, stop, LeanLoss(broken))
+        train_dalle(broken, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), NOISY, stop)
     resumed = tiny_dalle()
-    train_dalle(resumed, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), NOISY, loss_fn=LeanLoss(resumed))
+    train_dalle(resumed, tokenizer, codes(), CAPTIONS, parts, Budget(steps=6), NOISY)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -140,18 +114,6 @@ def test_an_epoch_shows_every_picture_once():
     assert shown[:10].tolist() != shown[10:].tolist()
 
 
-def test_the_lean_loss_reads_other_codes_than_it_predicts():
-    dalle = tiny_dalle().double()
-    text = torch.tensor([[7, 3, 0, 0, 0], [1, 2, 3, 4, 299], [5, 0, 0, 0, 0]])
-    wanted, read = codes(), codes().roll(1, 0)
-    logits = dalle(text, read)[:, 5:, dalle.num_text_tokens :]
-    text_loss = torch.nn.functional.cross_entropy(
-        dalle(text, read)[:, :5].transpose(1, 2), dalle.padded_text(text)[:, 1:]
-    )
-    image_loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted)
-    assert_same_in_float64(LeanLoss(dalle)(text, wanted, read), (text_loss + 7 * image_loss) / 8, 4 * 64 * 3 * 21)
-
-
 def test_noise_replaces_codes_of_its_share_of_the_samples():
     everything = torch.arange(4000).view(100, 40)
     wanted = everything[:80]
@@ -162,11 +124,6 @@ def test_noise_replaces_codes_of_its_share_of_the_samples():
     from_neighbour = noisy == wanted.roll(1, 0)
     assert 0.4 < (from_neighbour & changed).sum() / changed.sum() < 0.6
     assert torch.equal(add_noise(wanted, everything, torch.Generator(), share=0.0, rate=0.8), wanted)
-
-
-def test_noise_needs_a_loss_that_can_read_other_codes(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="noisy_share must be 0"):
-        train_dalle(tiny_dalle(), tokenizer, codes(), CAPTIONS, tmp_path, Budget(steps=1), NOISY)
 
 
 def test_batch_must_fit_the_workers(tokenizer, tmp_path):
