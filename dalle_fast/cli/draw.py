@@ -138,6 +138,7 @@ def draw(
     scale: int,
 ) -> None:
     """Draw PROMPTS (without any: the model's own examples) and write them to one labelled picture."""
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a path that cannot be used says so at once
     try:
         model = DrawingModel.read(directory)
         chosen = list(prompts) or model.examples
@@ -149,10 +150,9 @@ def draw(
             cond_scale=model.settings.cond_scale if cond_scale is None else cond_scale,
         )
         rows, seconds = _drawn(model, chosen, images_per_prompt, seed, settings)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        labelled_grid(rows, scale=scale).save(out)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from None
+    labelled_grid(rows, scale=scale).save(out)
     n_images = len(chosen) * images_per_prompt
     n_tokens = n_images * model.dalle.image_seq_len
     click.echo(

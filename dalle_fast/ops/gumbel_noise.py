@@ -24,7 +24,7 @@ def _cpu(seeds: Tensor, positions: Tensor, stream: int, n_codes: int) -> Tensor:
     return out
 
 
-def _supports_cpu(*, device: str) -> str | None:
+def _supports_cpu(*, device: str = "cpu") -> str | None:
     return _extension.missing() if device == "cpu" else f"the extension runs on the CPU, the tensors are on {device!r}."
 
 
