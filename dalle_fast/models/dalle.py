@@ -16,7 +16,7 @@ from dalle_fast.layout import TokenLayout
 from dalle_fast.models.cache import DecodeCache
 from dalle_fast.models.checks import check_image_shape, check_vae, checked_ids, checked_labels, checked_text
 from dalle_fast.models.saving import Pretrained
-from dalle_fast.models.transformer import Transformer
+from dalle_fast.models.transformer import DivideMax, Transformer
 from dalle_fast.ops.vocab_cross_entropy import vocab_cross_entropy
 
 _RELAXED = 0.1  # share of the gradient that reaches the embeddings in `stable` models (PB-relax)
@@ -102,6 +102,7 @@ class DALLE(Pretrained):
             rotary_emb=rotary_emb,
             shared_attn_ids=shared_attn_ids, shared_ff_ids=shared_ff_ids,
         )  # fmt: skip
+        self.divide_max = DivideMax(dim=-1) if stable else nn.Identity()
         self.logits_norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, self.total_tokens)
         if not share_input_output_emb:
@@ -282,7 +283,7 @@ class DALLE(Pretrained):
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, n, num_image_tokens] of the image codes alone, from the transformer's output [B, n, C]."""
-        normed = self.logits_norm(_divided_by_max(hidden) if self.stable else hidden)
+        normed = self.logits_norm(self.divide_max(hidden))
         head = self.to_logits
         if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
             return head(normed)[..., self.num_text_tokens :]  # replaced or hooked: what it does may need all of it
@@ -290,7 +291,7 @@ class DALLE(Pretrained):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, n, num_text_tokens] of the text ids alone, unique padding ids included."""
-        normed = self.logits_norm(_divided_by_max(hidden) if self.stable else hidden)
+        normed = self.logits_norm(self.divide_max(hidden))
         return self.to_logits(normed)[..., : self.num_text_tokens]
 
     def padded_text(self, text: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ class DALLE(Pretrained):
         return tokens * _RELAXED + tokens.detach() * (1 - _RELAXED) if self.stable else tokens
 
     def _logits(self, hidden: Tensor, first: int) -> Tensor:
-        logits = self.to_logits(self.logits_norm(_divided_by_max(hidden) if self.stable else hidden))
+        logits = self.to_logits(self.logits_norm(self.divide_max(hidden)))
         n_text = max(self.layout.text_len - 1 - first, 0)  # rows that predict text
         lowest = -torch.finfo(logits.dtype).max
         predicts_text = torch.arange(logits.shape[1], device=logits.device) < n_text
@@ -363,7 +364,3 @@ class DALLE(Pretrained):
         if image.dim() == 4:
             return self.vae.get_codebook_indices(image)
         return checked_ids(image, self.num_image_tokens, "image codes")
-
-
-def _divided_by_max(hidden: Tensor) -> Tensor:
-    return hidden / hidden.amax(dim=-1, keepdim=True).detach()
