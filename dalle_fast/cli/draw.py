@@ -156,7 +156,7 @@ def draw(
     n_images = len(chosen) * images_per_prompt
     n_tokens = n_images * model.dalle.image_seq_len
     click.echo(
-        f"{n_images} pictures in {seconds:.1f} s, {n_tokens / seconds:.0f} image tokens/s. Look at {out.resolve()}"
+        f"{n_images} {'picture' if n_images == 1 else 'pictures'} in {seconds:.1f} s, {n_tokens / seconds:.0f} image tokens/s. Look at {out.resolve()}"
     )
 
 
