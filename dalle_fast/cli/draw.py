@@ -154,10 +154,9 @@ def draw(
         raise click.ClickException(str(error)) from None
     labelled_grid(rows, scale=scale).save(out)
     n_images = len(chosen) * images_per_prompt
-    n_tokens = n_images * model.dalle.image_seq_len
-    click.echo(
-        f"{n_images} {'picture' if n_images == 1 else 'pictures'} in {seconds:.1f} s, {n_tokens / seconds:.0f} image tokens/s. Look at {out.resolve()}"
-    )
+    pictures = "1 picture" if n_images == 1 else f"{n_images} pictures"
+    rate = n_images * model.dalle.image_seq_len / seconds
+    click.echo(f"{pictures} in {seconds:.1f} s, {rate:.0f} image tokens/s. Look at {out.resolve()}")
 
 
 def _drawn(
