@@ -74,7 +74,6 @@ class Oracle:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._inputs = inputs
         self._codes = case.sizes["codes"]
-        self._row = case.sizes["grid"]
         self._model = copy.deepcopy(inputs.model).double()
         self.exact = self.logits(inputs.tokens)
         own = _image_logits(inputs.model, inputs, inputs.tokens, self._codes)

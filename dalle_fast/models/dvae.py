@@ -94,11 +94,6 @@ class DiscreteVAE(Pretrained):
         self.encoder = _encoder(channels, hidden_dim, num_layers, num_resnet_blocks, num_tokens)
         self.decoder = _decoder(channels, hidden_dim, num_layers, num_resnet_blocks, codebook_dim)
 
-    @property
-    def grid_size(self) -> int:
-        """Rows, and columns, of the code grid of a picture."""
-        return self.image_size // 2**self.num_layers
-
     def norm(self, images: Tensor) -> Tensor:
         """(images - mean) / std by channel, a new tensor; `images` itself where normalization is None."""
         if self.normalization is None:

@@ -7,7 +7,6 @@ padding entry (the original reads a 0 as padding at its position), so no caption
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -56,8 +55,3 @@ def draw_caption(lines: Sequence[str], generator: torch.Generator, *, plain: flo
     if len(words) >= 3 and draws[2] < word_dropout:
         del words[int(draws[2] / word_dropout * len(words))]
     return " ".join(words)
-
-
-def read_caption_lines(path: Path) -> list[str]:
-    """The non-empty lines of a caption file."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
