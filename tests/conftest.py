@@ -1,5 +1,6 @@
 """Settings of every test run: Triton interprets (no GPU needed), the header says which instruction sets are tested."""
 
+import importlib.util
 import os
 import sys
 
@@ -16,6 +17,11 @@ import pytest
 import torch
 
 from dalle_fast import _extension
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from triton_tools import interpreter
+
+    interpreter.install()
 
 
 def pytest_report_header() -> list[str]:
