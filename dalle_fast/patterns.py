@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,19 @@ class AttentionPattern:
         name: one of `NAMES`.
         layout: the token layout.
         options: the pattern's own options, as sorted pairs.
+        spec: the pattern as one string, which `from_spec` reads: what a custom op can take.
     """
 
     name: str
     layout: TokenLayout
     options: tuple[tuple[str, object], ...] = ()
+    spec: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", _write_spec(self))  # now: torch.compile traces reading it, not making it
+
+    def __hash__(self) -> int:
+        return hash(self.spec)  # a string keeps its hash, a block_sparse layout of 70,000 cells does not
 
     @property
     def length(self) -> int:
@@ -190,6 +199,40 @@ _PREDICATES: dict[str, Rule] = {
 NAMES = tuple(_PREDICATES)
 
 
+# ------------------------------------------------------------------------------------------------ specs
+
+
+def _write_spec(pattern: AttentionPattern) -> str:
+    """`conv_like text_len=257 grid=32x32 dilation=1 kernel=5`; a block layout's cells as one hexadecimal number."""
+    rows, cols = pattern.layout.grid
+    parts = [pattern.name, f"text_len={pattern.layout.text_len}", f"grid={rows}x{cols}"]
+    for option, value in pattern.options:
+        if isinstance(value, tuple):
+            value = hex(int("".join("1" if cell else "0" for row in value for cell in row), base=2))
+        parts.append(f"{option}={value}")
+    return " ".join(parts)
+
+
+@lru_cache(maxsize=256)
+def from_spec(spec: str) -> AttentionPattern:
+    """The pattern whose `spec` this is; equal to it, and one object for equal strings.
+
+    Raises: ValueError (not a spec).
+    """
+    name, *pairs = spec.split(" ")
+    values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(values) != len(pairs) or not {"text_len", "grid"} <= values.keys():
+        raise ValueError(f"patterns.from_spec: spec must be the spec of an AttentionPattern, got {spec!r}.")
+    rows, cols = values.pop("grid").split("x")
+    tokens = TokenLayout(int(values.pop("text_len")), (int(rows), int(cols)))
+    options: dict[str, Any] = {o: value if o in ("wrap", "layout") else int(value) for o, value in values.items()}
+    if "layout" in options:
+        side = _n_blocks(tokens, options["block"])
+        cells = f"{int(options['layout'], base=16):0{side * side}b}"
+        options["layout"] = [[cell == "1" for cell in cells[i * side : (i + 1) * side]] for i in range(side)]
+    return make(name, text_len=tokens.text_len, grid=tokens.grid, **options)
+
+
 # ------------------------------------------------------------------------------------------------ construction
 
 
@@ -277,7 +320,7 @@ def _block_sparse_options(
 ) -> dict[str, object]:
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"block_sparse: block must be an int of at least 1, got {block!r}.")
-    n_blocks = -(-tokens.max_inputs // block)
+    n_blocks = _n_blocks(tokens, block)
     if layout is None:
         layout = _random_block_layout(tokens, block, n_blocks, num_random_blocks, seed)
     elif num_random_blocks is not None:
@@ -291,6 +334,10 @@ def _block_sparse_options(
     if not bool(grid.diagonal().all()):
         raise ValueError("block_sparse: every diagonal block of layout must be True, so that each token sees itself.")
     return {"block": block, "layout": tuple(tuple(row) for row in grid.tolist())}
+
+
+def _n_blocks(tokens: TokenLayout, block: int) -> int:
+    return -(-tokens.max_inputs // block)
 
 
 def _random_block_layout(

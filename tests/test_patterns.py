@@ -208,3 +208,30 @@ def test_patterns_are_values():
     assert one != other
     assert len({one, other, one}) == 2
     assert one.layout == TokenLayout(5, (3, 4))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("text_len", "grid"), LAYOUTS)
+def test_a_spec_reads_back_as_its_pattern(name, options, text_len, grid):
+    pattern = patterns.make(name, text_len=text_len, grid=grid, **options)
+    again = patterns.from_spec(pattern.spec)
+    assert again == pattern and hash(again) == hash(pattern)
+    assert again.spec == pattern.spec and patterns.from_spec(pattern.spec) is again
+    assert torch.equal(again.dense(), pattern.dense())
+
+
+def test_a_spec_can_be_read_and_tells_every_option():
+    conv = patterns.make("conv_like", text_len=257, grid=(32, 16), dilation=2)
+    assert conv.spec == "conv_like text_len=257 grid=32x16 dilation=2 kernel=5"
+    layout = torch.eye(3, dtype=torch.bool)
+    layout[2, 0] = True  # cells 100 010 101
+    block = patterns.make("block_sparse", text_len=4, grid=(3, 3), block=4, layout=layout)
+    assert block.spec == "block_sparse text_len=4 grid=3x3 block=4 layout=0x115"
+    layout[2, 1] = True
+    assert patterns.make("block_sparse", text_len=4, grid=(3, 3), block=4, layout=layout).spec != block.spec
+
+
+@pytest.mark.parametrize("spec", ["", "full", "full text_len=3", "full text_len=3 grid=2x2 causal"])
+def test_refuses_what_is_no_spec(spec):
+    with pytest.raises(ValueError, match=r"patterns.from_spec: spec must be the spec of an AttentionPattern, got '"):
+        patterns.from_spec(spec)
