@@ -2,7 +2,8 @@
 
 An op registers its implementations with a `supports` function that looks at the facts of a call (device type, dtype,
 head width, ...) and returns None where it can run, or the reason in words where it cannot. The same sentence is the
-error of an implementation asked for by name, the line in `explain`, and the skip reason of a test.
+error of an implementation asked for by name, the line in `explain`, and the skip reason of a test. One that can run but
+should not unless asked for gives its reason by `avoid`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,30 @@ class Implementation:
     name: str
     function: Callable
     supports: Supports
+    avoid: Supports  # why `auto` passes over it where it could run (None: it does not)
     rank: int  # `auto` takes the supported implementation of the highest rank
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
 
 
+def _no_objection(**facts: object) -> str | None:
+    return None
+
+
 def register(
-    op: str, name: str, function: Callable, *, supports: Supports = lambda **facts: None, rank: int = 0
+    op: str,
+    name: str,
+    function: Callable,
+    *,
+    supports: Supports = _no_objection,
+    avoid: Supports = _no_objection,
+    rank: int = 0,
 ) -> None:
     """Adds implementation `name` of `op`; called where the op is defined, once."""
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}.")
-    _OPS.setdefault(op, {})[name] = Implementation(name, function, supports, rank)
+    _OPS.setdefault(op, {})[name] = Implementation(name, function, supports, avoid, rank)
 
 
 def choose(op: str, impl: str = "auto", **facts: object) -> Implementation:
@@ -49,7 +61,8 @@ def choose(op: str, impl: str = "auto", **facts: object) -> Implementation:
     if impl == "auto":
         best = None
         for candidate in table.values():  # spelt out: torch.compile traces this
-            if candidate.supports(**facts) is None and (best is None or candidate.rank > best.rank):
+            objection = candidate.supports(**facts) or candidate.avoid(**facts)
+            if objection is None and (best is None or candidate.rank > best.rank):
                 best = candidate
         if best is None:
             raise NotImplementedError(f"{op}: no implementation supports this call. {refusals(op, facts)}")
@@ -83,7 +96,7 @@ def refusals(op: str, facts: Mapping[str, object], *, chosen: str = "") -> str:
         if implementation is None:
             lines.append(f"  {name}: not written for this op.")
         else:
-            reason = implementation.supports(**facts)
+            reason = implementation.supports(**facts) or implementation.avoid(**facts)
             lines.append(f"  {name}: {reason.removeprefix('missing: ') if reason else 'supported, ranked lower.'}")
     return "\n".join(lines)
 

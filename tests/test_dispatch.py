@@ -25,6 +25,14 @@ def test_auto_takes_the_best_that_supports_the_call(op):
     assert dispatch.choose(op, size=1).name == "reference"
 
 
+def test_auto_passes_over_what_asks_to_be_avoided(op):
+    dispatch.register(op, "cuda", lambda: "cuda", avoid=lambda size: "only for tests." if size < 9 else None, rank=3)
+    assert dispatch.choose(op, size=10).name == "cuda"
+    assert dispatch.choose(op, size=1).name == "reference"
+    assert dispatch.choose(op, "cuda", size=1).name == "cuda"
+    assert "cuda: only for tests." in dispatch.explain(op, size=1)
+
+
 def test_a_name_gets_that_one_or_an_error(op):
     assert dispatch.choose(op, "reference", size=10).name == "reference"
     with pytest.raises(NotImplementedError, match=r"impl='cpu' cannot run here: size must be above 9\."):
