@@ -1,18 +1,36 @@
-"""Sparse attention: the contract of its arguments and the choice of implementation."""
+"""Sparse attention: the contract of its arguments, the choice of implementation, the registration with torch.
+
+    s_ij = scale * q_i . k_j where the pattern and the key mask allow it      o_i = sum_j softmax_j(s_i) v_j
+
+"reference" is plain torch and differentiates itself. The others are pairs of launchers, `forward` and `backward`, in
+`dalle_fast.native` and `dalle_fast.kernels`, behind one custom op: saved are q, k, v, o and lse [B, H, N], the
+log-sum-exp of a query's scores; nothing of size N x N.
+"""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from dalle_fast import dispatch
+from dalle_fast import _extension, dispatch, patterns
 from dalle_fast.ops.checks import check_one_device, check_one_dtype, dtype_name
 from dalle_fast.patterns import AttentionPattern
 from dalle_fast.reference import sparse_attention as reference
 
-OP = "sparse_attention"
+T = TypeVar("T")
 
-dispatch.register(OP, "reference", reference.sparse_attention)
+OP = "sparse_attention"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_HEAD_WIDTHS = (16, 32, 64, 128)
+_LAUNCHERS = {"cpu": "dalle_fast.native.sparse_attention", "triton": "dalle_fast.kernels.sparse_attention"}
 
 
 def sparse_attention(
@@ -30,34 +48,221 @@ def sparse_attention(
     """Causal attention in which an image token sees all text and the image tokens its pattern allows.
 
     Args:
-        q, k, v: [B, H, N, D], one floating dtype, one device, any strides; N <= pattern.layout.length.
+        q, k, v: [B, H, N, D], one floating dtype, one device; H and D at least 1, N <= pattern.layout.length. Any
+            strides, though channels that are not adjacent in memory are copied first. Under torch.autocast all three
+            are cast to its dtype (float64 stays), as scaled_dot_product_attention casts its own.
         pattern: AttentionPattern over the token layout (`dalle_fast.patterns.make`).
         key_mask: bool, True = may attend. [B, N] for every query of `full`, `bidirectional` and `block_sparse`;
             [B, T] for the image queries of the other patterns. A longer mask is cut.
         scale: multiplies q.k; default D ** -0.5 (0.0 is a value, not "unset").
-        stable: accepted because the original has it; it equals plain softmax, gradients included.
+        stable: accepted because the original has it: softmax(alpha * (t / alpha - max)) is softmax, gradients included.
         rotary: raw angles, float32 [>= N, rot] with rot even and <= D, the same for both channels of a pair 2i, 2i+1;
             turns the first rot channels of q, k and v. A constant: it gets no gradient.
         impl: "auto", or the name of one implementation.
-    Returns: [B, H, N, D], dtype of q. A query with no legal key returns the mean of v over all N keys.
+    Returns: [B, H, N, D], dtype of q (autocast's under autocast). A query with no legal key returns the mean of v over
+        all N keys.
     Raises: TypeError (dtype), ValueError (shape, range), NotImplementedError (impl lacks it), RuntimeError (no GPU, no
-        extension).
+        extension, second derivative).
     Numerics: scores and sums in float32, or in float64 for float64 inputs.
     Source: DALLE-pytorch's attention modules; DALL-E paper, appendix B.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (_autocast(t, torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     _check_tensors(q, k, v, pattern)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if rotary is not None:
         rotary = _check_rotary(rotary, q)
-    masks = {} if key_mask is None else _check_key_mask(key_mask, q, pattern)
+    if key_mask is not None:
+        key_mask = _check_key_mask(key_mask, q, pattern)
     chosen = dispatch.choose(OP, impl, **facts(q, pattern))
-    return chosen.function(q, k, v, pattern=pattern, scale=float(scale), stable=stable, rotary=rotary, **masks)
+    return chosen.function(q, k, v, pattern=pattern, key_mask=key_mask, scale=scale, rotary=rotary)
 
 
 def facts(q: Tensor, pattern: AttentionPattern) -> dict[str, object]:
     """What decides which implementation runs: `dalle_fast.explain("sparse_attention", **facts(q, pattern))`."""
     return {"device": q.device.type, "dtype": q.dtype, "head_dim": q.shape[-1], "pattern": pattern.name}
+
+
+# ------------------------------------------------------------------------------------------------ implementations
+
+
+def _constant(function: Callable[[], T]) -> Callable[[], T]:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo here, and Triton with it.
+
+    torch.compile runs such a function while it traces and keeps the answer; it cannot follow it into ctypes.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _missing_extension() -> str | None:
+    return _extension.missing()
+
+
+@_constant
+def _missing_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "missing: triton is not installed. Install it with torch."
+
+
+@_constant
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _supports_cpu(
+    *, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64, pattern: str = "full"
+) -> str | None:
+    if device != "cpu":
+        return f"the extension runs on the CPU, the tensors are on {device!r}."
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes in float32, which {str(dtype).removeprefix('torch.')} exceeds."
+    return _missing_extension()
+
+
+def _supports_triton(
+    *, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64, pattern: str = "full"
+) -> str | None:
+    if device != "cuda" and not _interpreted():
+        return f"Triton's kernels run on GPUs, the tensors are on {device!r}."
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes in float32, which {str(dtype).removeprefix('torch.')} exceeds."
+    if head_dim not in TRITON_HEAD_WIDTHS:
+        return f"head width D must be one of {', '.join(map(str, TRITON_HEAD_WIDTHS))}, got {head_dim}."
+    return _missing_triton()
+
+
+def _auto_avoids_triton(*, device: str = "cpu", **_: object) -> str | None:
+    return "Triton's interpreter is for tests: ask for it by name." if device != "cuda" else None
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: AttentionPattern,
+    key_mask: Tensor | None,
+    scale: float,
+    rotary: Tensor | None,
+    impl: str,
+) -> Tensor:
+    return _forward(q, k, v, key_mask, rotary, pattern.spec, scale, impl)[0]
+
+
+dispatch.register(OP, "reference", reference.sparse_attention)
+dispatch.register(
+    OP, "triton", partial(_fused, impl="triton"), supports=_supports_triton, avoid=_auto_avoids_triton, rank=2
+)
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+
+@torch.library.custom_op("dalle_fast::sparse_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    rotary: Tensor | None,
+    pattern: str,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    if not q.numel():
+        return _like_output(q), _like_lse(q)
+    q, k, v = (_adjacent_channels(t) for t in (q, k, v))
+    return _launchers(impl).forward(q, k, v, **_constants(key_mask, rotary, pattern, scale))
+
+
+@torch.library.custom_op("dalle_fast::sparse_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    rotary: Tensor | None,
+    pattern: str,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.numel():
+        return _like_output(q), _like_output(q), _like_output(q)
+    dout, q, k, v, out = (_adjacent_channels(t) for t in (dout, q, k, v, out))
+    return _launchers(impl).backward(dout, q, k, v, out, lse, **_constants(key_mask, rotary, pattern, scale))
+
+
+@_forward.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _like_output(q), _like_lse(q)
+
+
+@_backward.register_fake
+def _(dout: Tensor, q: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_output(q), _like_output(q), _like_output(q)
+
+
+def _like_output(q: Tensor) -> Tensor:
+    batch, heads, n, width = q.shape
+    return q.new_empty(batch, n, heads, width).transpose(1, 2)
+
+
+def _like_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _adjacent_channels(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _launchers(impl: str) -> ModuleType:
+    return importlib.import_module(_LAUNCHERS[impl])
+
+
+def _constants(key_mask: Tensor | None, rotary: Tensor | None, pattern: str, scale: float) -> dict[str, Any]:
+    return {
+        "pattern": patterns.from_spec(pattern),
+        "key_mask": None if key_mask is None else key_mask.contiguous(),
+        "scale": scale,
+        "rotary": None if rotary is None else rotary.contiguous(),
+    }
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, key_mask, rotary, *ctx.rest = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, key_mask, rotary)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if dout is not None and any(ctx.needs_input_grad[:3]):
+        given = _backward(dout, *ctx.saved_tensors, *ctx.rest)
+        gradients = tuple(g if needed else None for g, needed in zip(given, ctx.needs_input_grad, strict=False))
+    return *gradients, None, None, None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+    raise RuntimeError(
+        f"{OP}: only impl='reference' has a second derivative. Pass it where a gradient is differentiated again."
+    )
+
+
+torch.library.register_autograd("dalle_fast::sparse_attention", _differentiate, setup_context=_save)
+torch.library.register_autograd("dalle_fast::sparse_attention_backward", _refuse_second_derivative)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> None:
@@ -72,6 +277,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -
         raise ValueError(
             f"{OP}: q, k, v must be of one shape [B, H, N, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
             " Did you split the heads?"
+        )
+    if q.shape[1] < 1 or q.shape[3] < 1:
+        raise ValueError(
+            f"{OP}: q, k, v must have at least one head and one channel a head, got {list(q.shape)}."
+            " Split the width C into H heads of D = C / H."
         )
     if q.shape[2] > pattern.layout.length:
         raise ValueError(
@@ -101,11 +311,10 @@ def _check_rotary(rotary: Tensor, q: Tensor) -> Tensor:
     return rotary[:n]
 
 
-def _check_key_mask(key_mask: Tensor, q: Tensor, pattern: AttentionPattern) -> dict[str, Tensor]:
-    """The mask under the name that says whom it concerns, cut to what it covers."""
+def _check_key_mask(key_mask: Tensor, q: Tensor, pattern: AttentionPattern) -> Tensor:
+    """The mask, cut to what it covers."""
     batch, _, n, _ = q.shape
-    every_query = pattern.masks_every_query
-    letter, length = ("N", n) if every_query else ("T", pattern.layout.text_len)
+    letter, length = ("N", n) if pattern.masks_every_query else ("T", pattern.layout.text_len)
     # Image queries exist only behind the whole text; a shorter sequence needs no more of the mask than it has keys.
     needed = min(n, length)
     if key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[0] != batch or key_mask.shape[1] < needed:
@@ -118,4 +327,4 @@ def _check_key_mask(key_mask: Tensor, q: Tensor, pattern: AttentionPattern) -> d
         raise ValueError(
             f"{OP}: key_mask must be on the device of q, {q.device}, got {key_mask.device}. Move it with .to(device)."
         )
-    return {"key_mask" if every_query else "text_key_mask": key_mask[:, :needed]}
+    return key_mask[:, :needed]

@@ -40,20 +40,16 @@ def sparse_attention(
     *,
     pattern: AttentionPattern,
     key_mask: Tensor | None = None,
-    text_key_mask: Tensor | None = None,
     scale: float,
-    stable: bool = False,
     rotary: Tensor | None = None,
 ) -> Tensor:
     """Attention over the keys that `pattern` and the key masks allow; arguments were checked by the op.
 
     Args:
         q, k, v: [B, H, N, D], one dtype and device, any strides.
-        key_mask: bool [B, N], True = may attend, for every query.   text_key_mask: bool [B, T or fewer], for image
-            queries only.
+        key_mask: bool, True = may attend: [B, N] for every query where the pattern `masks_every_query`, else
+            [B, T or fewer] for image queries only.
         rotary: raw angles [N, rot], interleaved pairs, applied to the first rot channels of q, k and v.
-        stable: softmax(alpha * (t / alpha - max)) is softmax shifted by a constant of its row, and softmax is
-            invariant to that, gradients included; torch's softmax subtracts the maximum anyway. So: no other path.
     Returns: [B, H, N, D], dtype of q.
     """
     batch, heads, n, _ = q.shape
@@ -63,7 +59,7 @@ def sparse_attention(
         score_dtype = torch.float32 if q.dtype in HALF_DTYPES else q.dtype
         queries, keys = (t.to(score_dtype).flatten(0, 1) for t in (q, k))  # [B * H, N, D]
         mask = dense_mask(pattern, n, q.device, score_dtype)
-        additive = key_mask is None and text_key_mask is None
+        additive = key_mask is None
         # s + (-finfo.max) is exactly -finfo.max for every |s| below 2^102, so the bias equals a fill at the price of no
         # pass over the scores, forward or backward. Only a query without a legal key tells them apart, by its gradient,
         # and every pattern lets a query see itself.
@@ -74,13 +70,12 @@ def sparse_attention(
             beta=1 if additive else 0,
             alpha=scale,
         ).unflatten(0, (batch, heads))  # [B, H, N, N]
-        if not additive:
-            forbidden = mask.forbidden
-            if key_mask is not None:
-                forbidden = forbidden | ~key_mask[:, None, None, :]
-            if text_key_mask is not None:
-                forbidden = forbidden | _image_query_mask(text_key_mask, n, pattern.layout.text_len)
-            scores = scores.masked_fill_(forbidden, -torch.finfo(score_dtype).max)
+        if key_mask is not None:
+            if pattern.masks_every_query:
+                hidden = ~key_mask[:, None, None, :]
+            else:
+                hidden = _hidden_from_image_queries(key_mask, n, pattern.layout.text_len)
+            scores = scores.masked_fill_(mask.forbidden | hidden, -torch.finfo(score_dtype).max)
         weights = scores.softmax(dim=-1).to(v.dtype)
         return weights @ v
 
@@ -121,9 +116,9 @@ def dense_mask(pattern: AttentionPattern, n: int, device: torch.device, dtype: t
     return DenseMask(forbidden, bias.masked_fill_(forbidden, -torch.finfo(dtype).max))
 
 
-def _image_query_mask(text_key_mask: Tensor, n: int, text_len: int) -> Tensor:
-    """Forbidden cells [B, 1, N, N] of a mask over text keys that holds for image queries only."""
-    batch, length = text_key_mask.shape
-    forbidden = text_key_mask.new_zeros(batch, 1, n, n)
-    forbidden[:, :, text_len:, :length] = ~text_key_mask[:, None, None, :]
-    return forbidden
+def _hidden_from_image_queries(key_mask: Tensor, n: int, text_len: int) -> Tensor:
+    """The cells [B, 1, N, N] that a mask over text keys forbids."""
+    batch, length = key_mask.shape
+    hidden = key_mask.new_zeros(batch, 1, n, n)
+    hidden[:, :, text_len:, :length] = ~key_mask[:, None, None, :]
+    return hidden

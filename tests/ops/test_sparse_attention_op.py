@@ -49,7 +49,7 @@ def test_gradients_through_packed_views(heads_and_batch):
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 2, LENGTH, 4), (2, 0, LENGTH, 4), (2, 2, 0, 4), (2, 2, 1, 1)])
+@pytest.mark.parametrize("shape", [(0, 2, LENGTH, 4), (2, 2, 0, 4), (2, 2, 1, 1)])
 def test_empty_and_single_sizes(shape):
     q, k, v = (t.requires_grad_() for t in make_qkv(*shape))
     out = sparse_attention(q, k, v, pattern=ROW)
@@ -86,11 +86,14 @@ def test_rotary_of_no_channels_and_longer_than_the_sequence():
     assert torch.equal(longer, sparse_attention(q, k, v, pattern=ROW, rotary=make_angles(LENGTH, 4)[:7]))
 
 
-def test_autocast_changes_no_dtype_of_the_op():
-    q, k, v = make_qkv(1, 2, LENGTH, 8)
-    plain = sparse_attention(q, k, v, pattern=ROW)
+def test_autocast_casts_as_scaled_dot_product_attention_does():
+    q, k, v = (t.requires_grad_() for t in make_qkv(1, 2, LENGTH, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sparse_attention(q, k, v, pattern=ROW), plain)
+        out = sparse_attention(q, k.bfloat16(), v, pattern=ROW)  # of two dtypes, which autocast makes one
+        assert sparse_attention(*(t.double() for t in (q, k, v)), pattern=ROW).dtype == torch.float64
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, sparse_attention(*(t.bfloat16() for t in (q, k, v)), pattern=ROW))
+    assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -133,6 +136,15 @@ def test_refuses_unequal_shapes():
         f" [2, 1, {LENGTH}, 4]. Did you split the heads?"
     )
     _refused(ValueError, expected, k=torch.zeros(2, 1, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, LENGTH, 4), (2, 2, LENGTH, 0)])
+def test_refuses_no_heads_and_no_channels(shape):
+    expected = (
+        f"sparse_attention: q, k, v must have at least one head and one channel a head, got {list(shape)}."
+        " Split the width C into H heads of D = C / H."
+    )
+    _refused(ValueError, expected, **dict.fromkeys("qkv", torch.zeros(shape)))
 
 
 def test_refuses_a_sequence_beyond_the_layout():
