@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "parallel.h"
+#include "sparse_attention.h"
 
 #define DALLE_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -22,3 +23,7 @@ DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_noise(const uint64_t* seeds, int64_t
 DALLE_FAST_EXPORT int32_t dalle_fast_philox_words(const uint64_t* seeds, int64_t n_seeds, const int64_t* positions,
                                                   int64_t n, uint32_t stream, int64_t n_codes, uint32_t* out);
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int64_t count, float* out);
+
+// All tensors of the call and its tile lists: sparse_attention.h.
+DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* op);
+DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_backward(const dalle_fast::SparseAttention* op);

@@ -1,0 +1,133 @@
+// Vectors of float32, as wide as the instruction set in force. Arithmetic is the compiler's vector extension, written once;
+// only what it cannot say well is an intrinsic. Include from *_kernel.cpp alone (isa.h).
+//
+// Here products are fused with sums where the processor can: the sums of attention are bit-equal for any thread count, not
+// across instruction sets.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
+
+static inline Vec broadcast(float value) { return Vec{} + value; }
+
+static inline Vec load(const float* from) {
+  Vec value;
+  memcpy(&value, from, sizeof(Vec));
+  return value;
+}
+
+static inline void store(float* to, Vec value) { memcpy(to, &value, sizeof(Vec)); }
+
+// a * b + c
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vec>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; b where either is not a number.
+static inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Lanes of `value` whose bit is set, `otherwise` in the rest. Bits above kWidth are ignored.
+static inline Vec where_bits(uint64_t bits, Vec value, Vec otherwise) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_mask_blend_ps(static_cast<__mmask16>(bits), reinterpret_cast<__m512>(otherwise),
+                                                    reinterpret_cast<__m512>(value)));
+#else
+  VecI lane_bit;
+  for (int i = 0; i < kWidth; ++i) lane_bit[i] = 1 << i;
+  return ((VecI{} + static_cast<int32_t>(bits & 0xFFFF)) & lane_bit) != 0 ? value : otherwise;
+#endif
+}
+
+// Neighbours exchanged: (x1, x0, x3, x2, ...).
+static inline Vec swap_pairs(Vec x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_permute_ps(reinterpret_cast<__m512>(x), 0xB1));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_permute_ps(reinterpret_cast<__m256>(x), 0xB1));
+#else
+  return __builtin_shuffle(x, VecI{1, 0, 3, 2});
+#endif
+}
+
+// 2^x for x <= 127, 0 below -126; not a number stays so. Error below 1 ulp.
+static inline Vec exp2(Vec x) {
+  constexpr float kLowest = -126.0f;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const Vec clamped = larger(broadcast(kLowest), x);
+  const Vec shifted = clamped + kRound;
+  const Vec f = clamped - (shifted - kRound);  // in [-0.5, 0.5], exact
+  // 2^f, interpolated at Chebyshev nodes of the interval: error below 2^-26.7.
+  Vec p = broadcast(0x1.44138ap-13f);
+  p = multiply_add(p, f, broadcast(0x1.5f0890p-10f));
+  p = multiply_add(p, f, broadcast(0x1.3b2a54p-7f));
+  p = multiply_add(p, f, broadcast(0x1.c6af6cp-5f));
+  p = multiply_add(p, f, broadcast(0x1.ebfbe0p-3f));
+  p = multiply_add(p, f, broadcast(0x1.62e430p-1f));
+  p = multiply_add(p, f, broadcast(1.0f));
+  const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23));
+#if defined(__AVX512F__)
+  const __mmask16 tiny =
+      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(kLowest), _CMP_LT_OQ);
+  return reinterpret_cast<Vec>(_mm512_mask_mov_ps(reinterpret_cast<__m512>(scaled), tiny, _mm512_setzero_ps()));
+#else
+  return x < kLowest ? Vec{} : scaled;
+#endif
+}
+
+// to[j][i] = from[i][j] for a square of 4; strides in floats.
+static inline void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  typedef float V4 __attribute__((vector_size(16)));
+  typedef int32_t I4 __attribute__((vector_size(16)));
+  V4 row[4];
+  for (int i = 0; i < 4; ++i) memcpy(&row[i], from + i * from_stride, 16);
+  const V4 a = __builtin_shuffle(row[0], row[1], I4{0, 4, 1, 5}), b = __builtin_shuffle(row[2], row[3], I4{0, 4, 1, 5});
+  const V4 c = __builtin_shuffle(row[0], row[1], I4{2, 6, 3, 7}), d = __builtin_shuffle(row[2], row[3], I4{2, 6, 3, 7});
+  const V4 col[4] = {__builtin_shuffle(a, b, I4{0, 1, 4, 5}), __builtin_shuffle(a, b, I4{2, 3, 6, 7}),
+                     __builtin_shuffle(c, d, I4{0, 1, 4, 5}), __builtin_shuffle(c, d, I4{2, 3, 6, 7})};
+  for (int i = 0; i < 4; ++i) memcpy(to + i * to_stride, &col[i], 16);
+}
+
+// to[j][i] = from[i][j] for i < rows, j < cols, both multiples of 4.
+static inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+                             int64_t to_stride) {
+  for (int64_t j = 0; j < cols; j += 4) {
+    for (int64_t i = 0; i < rows; i += 4) transpose4(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+  }
+}
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast

@@ -1,0 +1,75 @@
+// sparse_attention: what the op hands to its kernels. dalle_fast/native/sparse_attention.py repeats these structures.
+#pragma once
+
+#include "isa.h"
+
+namespace dalle_fast {
+
+constexpr int kTile = 64;  // queries of a tile, the lanes of a 64-bit mask
+
+enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// [B, H, N, D] of one Element, strides in elements, unit stride on D.
+struct Heads {
+  void* data;
+  int64_t stride_b, stride_h, stride_n;
+};
+
+// Keys that lanes 16 * first_group .. 16 * (first_group + groups) - 1 of a tile meet.
+struct Run {
+  int32_t key;    // index of the first in TileLists::keys
+  int32_t count;
+  int32_t first_group, groups;
+  int32_t mask;   // index of the first key's lane mask in TileLists::masks; -1: every pair is allowed
+};
+
+// The pattern: which keys each tile of queries walks over, in this order.
+struct TileLists {
+  int64_t tiles, text_tiles;  // the first text_tiles hold text
+  const int32_t* queries;     // [tiles, kTile], -1 = padding
+  const int32_t* run_start;   // [tiles + 1]
+  const Run* runs;
+  const int32_t* keys;
+  const uint64_t* masks;      // bit i: lane i may attend to this key
+};
+
+struct SparseAttention {
+  int64_t batch, heads, n, width;
+  Element element;
+  float scale;
+  Heads q, k, v, out;
+  Heads dout, dq, dk, dv;  // backward
+  float* lse;              // [B, H, N]: log of the sum of exp(scale * q.k); +inf: no legal key
+  const float* cosines;    // [N, padded(width)], or null: no rotation; 1 where a channel is not turned
+  const float* sines;      // [N, padded(width)]: -sin for the even channel of a pair, sin for the odd; 0 where not turned
+  const uint8_t* key_mask;  // [B, mask_len], 1 = may attend, or null
+  int64_t mask_len;         // keys from here on are not masked
+  int32_t mask_text_queries;  // 0: the mask holds for image queries only
+  TileLists lists;
+};
+
+constexpr int kKeyBlock = 48;   // keys at once: their rows, the queries and the scores stay in the first-level cache
+constexpr int kSpareRows = 8;   // behind every buffer: products compute rows in sixes or eights (product.h)
+
+}  // namespace dalle_fast
+
+// One tile of queries; one (batch, head) with all its tiles. `scratch` holds as many floats as the functions below say.
+DALLE_FAST_KERNEL(sparse_attention_forward,
+                  (const SparseAttention& op, int64_t batch, int64_t head, int64_t tile, float* scratch),
+                  (op, batch, head, tile, scratch))
+DALLE_FAST_KERNEL(sparse_attention_backward, (const SparseAttention& op, int64_t batch, int64_t head, float* scratch),
+                  (op, batch, head, scratch))
+
+namespace dalle_fast {
+
+constexpr int64_t sparse_attention_forward_scratch(int64_t padded_width) {
+  return padded_width * (2 * kTile + 2 * (kKeyBlock + kSpareRows)) + kTile * (padded_width + kSpareRows) +
+         kTile * (kKeyBlock + kSpareRows);
+}
+
+constexpr int64_t sparse_attention_backward_scratch(int64_t padded_width, int64_t n) {
+  return sparse_attention_forward_scratch(padded_width) + padded_width * (2 * kTile + 2 * (n + 1)) +
+         kTile * (kKeyBlock + kSpareRows);
+}
+
+}  // namespace dalle_fast

@@ -1,0 +1,381 @@
+// Sparse attention for one instruction set, forward and backward.
+//
+//   s_ij = scale q_i . k_j     p_i = softmax_j(s_i) over the keys of the pattern     o_i = sum_j p_ij v_j
+//   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - do_i . o_i) scale
+//   dq_i = sum_j ds_ij k_j     dk_j = sum_i ds_ij q_i
+//
+// A tile of 64 queries lies across the lanes: its channels are rows, scores are [key, query], and so are softmax weights. Keys
+// and values are read row by row as they lie, one number against four vectors of queries, so that any list of keys is as good
+// as a dense block and nothing is transposed but the tile itself. Softmax goes from block to block of keys (running maximum
+// and sum); the backward recomputes the weights from lse. Saved: q, k, v, out, lse. Inside all is float32.
+//
+// Floor, for P allowed pairs: 4 D P FLOPs forward, 10 D P backward; q, k, v and out once.
+#include "sparse_attention.h"
+
+#include "product.h"
+#include "rows.h"
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+
+namespace {
+
+constexpr float kLog2E = 0x1.715476p0f;
+constexpr float kLn2 = 0x1.62e430p-1f;
+constexpr float kInfinity = __builtin_inff();
+
+// Calls function(const T*) or function(T*) with the elements' own type.
+template <class Function>
+inline void with_elements(Element element, void* data, const Function& function) {
+  switch (element) {
+    case Element::float32:
+      return function(static_cast<float*>(data));
+    case Element::bfloat16:
+      return function(static_cast<BFloat16*>(data));
+    case Element::float16:
+      return function(static_cast<Float16*>(data));
+  }
+}
+
+// One (batch, head) of an op: rows of tensors by position.
+struct Head {
+  const SparseAttention& op;
+  int64_t batch, head;
+
+  int64_t offset(const Heads& heads, int64_t position) const {
+    return batch * heads.stride_b + head * heads.stride_h + position * heads.stride_n;
+  }
+
+  void read(const Heads& heads, int64_t position, float* to) const {
+    with_elements(op.element, heads.data, [&](auto* data) { load_row(data + offset(heads, position), op.width, to); });
+  }
+
+  void write(const Heads& heads, int64_t position, const float* from) const {
+    with_elements(op.element, heads.data, [&](auto* data) { store_row(data + offset(heads, position), op.width, from); });
+  }
+
+  template <bool kBack>
+  void turn(int64_t position, float* row) const {
+    if (op.cosines == nullptr) return;
+    const int64_t width = padded(op.width), at = position * width;
+    turn_row<kBack>(row, width, op.cosines + at, op.sines + at);
+  }
+
+  void read_turned(const Heads& heads, int64_t position, float* to) const {
+    read(heads, position, to);
+    turn<false>(position, to);
+  }
+
+  void write_turned_back(const Heads& heads, int64_t position, float* row) const {
+    turn<true>(position, row);
+    write(heads, position, row);
+  }
+
+  float& lse(int64_t position) const { return op.lse[(batch * op.heads + head) * op.n + position]; }
+};
+
+// Hands out pieces of the scratch memory.
+struct Arena {
+  float* next;
+  float* take(int64_t floats) {
+    float* piece = next;
+    next += floats;
+    return piece;
+  }
+};
+
+// The positions of a tile that take part.
+struct Tile {
+  int64_t position[kTile];  // -1: the lane is idle
+  int lanes;                // behind the last that takes part
+
+  Tile(const SparseAttention& op, int64_t tile) : lanes(0) {
+    for (int lane = 0; lane < kTile; ++lane) {
+      const int64_t at = op.lists.queries[tile * kTile + lane];
+      position[lane] = at < op.n ? at : -1;
+      if (position[lane] >= 0) lanes = lane + 1;
+    }
+  }
+};
+
+// rows [kTile, padded width] -> columns [padded width, kTile].
+void to_columns(const float* rows, int64_t width, float* columns) { transpose(rows, width, kTile, width, columns, kTile); }
+void to_rows(const float* columns, int64_t width, float* rows) { transpose(columns, kTile, width, kTile, rows, width); }
+
+void scale_all(float* values, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; i += kWidth) store(values + i, load(values + i) * factor);
+}
+
+void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
+
+// A block of keys of one run, and the lanes that meet them.
+struct Block {
+  int count;
+  int64_t key[kKeyBlock];
+  uint64_t mask[kKeyBlock];
+  bool masked;
+  int first_group, groups;
+  float* k;  // [kKeyBlock + kSpareRows, padded width], turned
+  float* v;
+};
+
+// Walks the keys of a tile in blocks: calls visit(block) with k and v loaded. Keys that the key mask forbids are left out.
+template <class Visit>
+void walk(const Head& head, int64_t tile, Block& block, const Visit& visit) {
+  const SparseAttention& op = head.op;
+  const TileLists& lists = op.lists;
+  const bool filtered = op.key_mask != nullptr && (op.mask_text_queries || tile >= lists.text_tiles);
+  const uint8_t* allowed = filtered ? op.key_mask + head.batch * op.mask_len : nullptr;
+  const int64_t width = padded(op.width);
+  for (int64_t r = lists.run_start[tile]; r < lists.run_start[tile + 1]; ++r) {
+    const Run& run = lists.runs[r];
+    block.masked = run.mask >= 0;
+    block.first_group = run.first_group;
+    block.groups = run.groups;
+    for (int i = 0; i < run.count;) {
+      for (block.count = 0; i < run.count && block.count < kKeyBlock; ++i) {
+        const int64_t key = lists.keys[run.key + i];
+        if (key >= op.n || (filtered && key < op.mask_len && !allowed[key])) continue;
+        head.read_turned(op.k, key, block.k + block.count * width);
+        head.read_turned(op.v, key, block.v + block.count * width);
+        block.key[block.count] = key;
+        block.mask[block.count] = block.masked ? lists.masks[run.mask + i] : 0;
+        ++block.count;
+      }
+      if (block.count > 0) visit();
+    }
+  }
+}
+
+// scores[key][lane] = sum over channels of rows[key] * columns[.][lane], for the lanes of the block.
+void products_with_columns(const Block& block, const float* rows, const float* columns, int64_t width, float* scores) {
+  const int64_t lane = block.first_group * kGroup;
+  multiply<false>(rows, padded(width), 1, columns + lane, kTile, width, EvenRows{scores + lane, kTile}, block.count,
+                  block.groups);
+}
+
+// columns[.][lane] += sum over keys of rows[key] * weights[key][lane].
+void add_weighted_rows(const Block& block, const float* rows, const float* weights, int64_t width, float* columns) {
+  const int64_t lane = block.first_group * kGroup;
+  multiply<true>(rows, 1, padded(width), weights + lane, kTile, block.count, EvenRows{columns + lane, kTile}, width,
+                 block.groups);
+}
+
+// sums[key] += sum over lanes of weights[key][lane] * rows[lane].
+void add_to_keys(const Block& block, const float* weights, const float* rows, int64_t width, float* sums, float* spare) {
+  float* targets[kKeyBlock + kSpareRows];
+  for (int i = 0; i < block.count; ++i) targets[i] = sums + block.key[i] * width;
+  for (int i = block.count; i < block.count + kSpareRows; ++i) targets[i] = spare;
+  const int64_t lane = block.first_group * kGroup;
+  multiply<true>(weights + lane, kTile, 1, rows + lane * width, width, block.groups * kGroup, ScatteredRows{targets},
+                 block.count, width / kGroup);
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+struct Softmax {
+  float max[kTile];  // of scores in base 2; -inf before the first key
+  float sum[kTile];
+};
+
+// scores -> weights relative to the running maximum; what was summed before is rescaled to it.
+void weigh(const Block& block, int64_t width, float* scores, Softmax& softmax, float* out) {
+  const Vec nothing = broadcast(-kInfinity);
+  const int end = (block.first_group + block.groups) * kGroup;
+  for (int lane = block.first_group * kGroup; lane < end; lane += kWidth) {
+    const Vec max_before = load(softmax.max + lane);
+    Vec max = max_before;
+    for (int i = 0; i < block.count; ++i) {
+      float* at = scores + i * kTile + lane;
+      if (block.masked) store(at, where_bits(block.mask[i] >> lane, load(at), nothing));
+      max = larger(max, load(at));
+    }
+    store(softmax.max + lane, max);
+    const Vec base = max == nothing ? Vec{} : max;  // no key yet: every weight is exp2(-inf) = 0
+    const Vec shrink = exp2(max_before - base);
+    Vec sum = load(softmax.sum + lane) * shrink;
+    for (int i = 0; i < block.count; ++i) {
+      const Vec weight = exp2(load(scores + i * kTile + lane) - base);
+      store(scores + i * kTile + lane, weight);
+      sum += weight;
+    }
+    store(softmax.sum + lane, sum);
+    for (int64_t d = 0; d < width; ++d) store(out + d * kTile + lane, load(out + d * kTile + lane) * shrink);
+  }
+}
+
+void mean_of_values(const Head& head, float* scratch_row, float* mean) {
+  const int64_t width = padded(head.op.width);
+  clear(mean, width);
+  for (int64_t key = 0; key < head.op.n; ++key) {
+    head.read_turned(head.op.v, key, scratch_row);
+    for (int64_t d = 0; d < width; ++d) mean[d] += scratch_row[d];
+  }
+  scale_all(mean, width, 1.0f / static_cast<float>(head.op.n));
+}
+
+}  // namespace
+
+void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t head_index, int64_t tile_index,
+                              float* scratch) {
+  const Tile tile(op, tile_index);
+  if (tile.lanes == 0) return;
+  const Head head{op, batch, head_index};
+  const int64_t width = padded(op.width);
+  Arena arena{scratch};
+  float* rows = arena.take(kTile * width);
+  float* queries = arena.take(kTile * width);
+  float* out = arena.take(kTile * (width + kSpareRows));
+  float* scores = arena.take(kTile * (kKeyBlock + kSpareRows));
+  Block block;
+  block.k = arena.take((kKeyBlock + kSpareRows) * width);
+  block.v = arena.take((kKeyBlock + kSpareRows) * width);
+
+  for (int lane = 0; lane < kTile; ++lane) {
+    if (tile.position[lane] >= 0) {
+      head.read_turned(op.q, tile.position[lane], rows + lane * width);
+    } else {
+      clear(rows + lane * width, width);
+    }
+  }
+  scale_all(rows, kTile * width, op.scale * kLog2E);
+  to_columns(rows, width, queries);
+  clear(out, kTile * width);
+  Softmax softmax;
+  for (int lane = 0; lane < kTile; ++lane) softmax.max[lane] = -kInfinity, softmax.sum[lane] = 0.0f;
+
+  walk(head, tile_index, block, [&] {
+    products_with_columns(block, block.k, queries, op.width, scores);
+    weigh(block, op.width, scores, softmax, out);
+    add_weighted_rows(block, block.v, scores, op.width, out);
+  });
+
+  for (int lane = 0; lane < kTile; lane += kWidth) {
+    const Vec inverse = 1.0f / load(softmax.sum + lane);
+    for (int64_t d = 0; d < width; ++d) store(out + d * kTile + lane, load(out + d * kTile + lane) * inverse);
+  }
+  to_rows(out, width, rows);
+  for (int lane = 0; lane < tile.lanes; ++lane) {
+    const int64_t position = tile.position[lane];
+    if (position < 0) continue;
+    float* row = rows + lane * width;
+    if (softmax.max[lane] == -kInfinity) {
+      mean_of_values(head, block.v, row);
+      head.lse(position) = kInfinity;
+    } else {
+      head.lse(position) = softmax.max[lane] * kLn2 + __builtin_logf(softmax.sum[lane]);
+    }
+    head.write(op.out, position, row);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+namespace {
+
+// Of a tile: what the queries and their gradients are, by rows and by columns.
+struct TileGradients {
+  float* q_rows;     // [kTile, padded width], turned
+  float* q_columns;  // [padded width, kTile], times scale, in base 2
+  float* dout_rows;
+  float* dout_columns;
+  float* dq;            // [padded width + kSpareRows, kTile]
+  float lse2[kTile];    // base 2; +inf for idle lanes and for queries without a legal key: every weight is 0
+  float delta[kTile];   // dout . out
+};
+
+// `unseen` gathers dout of the queries without a legal key.
+void read_tile(const Head& head, const Tile& tile, float* scratch_row, TileGradients& at, float* unseen) {
+  const int64_t width = padded(head.op.width);
+  for (int lane = 0; lane < kTile; ++lane) {
+    const int64_t position = tile.position[lane];
+    float* q = at.q_rows + lane * width;
+    float* dout = at.dout_rows + lane * width;
+    at.lse2[lane] = kInfinity;
+    at.delta[lane] = 0.0f;
+    if (position < 0) {
+      clear(q, width);
+      clear(dout, width);
+      continue;
+    }
+    head.read_turned(head.op.q, position, q);
+    head.read(head.op.dout, position, dout);
+    head.read(head.op.out, position, scratch_row);
+    Vec delta{};
+    for (int64_t d = 0; d < width; d += kWidth) delta = multiply_add(load(dout + d), load(scratch_row + d), delta);
+    for (int i = 0; i < kWidth; ++i) at.delta[lane] += delta[i];
+    at.lse2[lane] = head.lse(position) * kLog2E;
+    if (at.lse2[lane] == kInfinity) {
+      for (int64_t d = 0; d < width; ++d) unseen[d] += dout[d];
+    }
+  }
+  to_columns(at.q_rows, width, at.q_columns);
+  scale_all(at.q_columns, kTile * width, head.op.scale * kLog2E);
+  to_columns(at.dout_rows, width, at.dout_columns);
+  clear(at.dq, kTile * width);
+}
+
+// scores -> weights p; dp -> ds.
+void weigh_gradients(const Block& block, const TileGradients& at, float scale, float* scores, float* dp) {
+  const int end = (block.first_group + block.groups) * kGroup;
+  for (int i = 0; i < block.count; ++i) {
+    for (int lane = block.first_group * kGroup; lane < end; lane += kWidth) {
+      float* score = scores + i * kTile + lane;
+      float* gradient = dp + i * kTile + lane;
+      Vec weight = exp2(load(score) - load(at.lse2 + lane));
+      if (block.masked) weight = where_bits(block.mask[i] >> lane, weight, Vec{});
+      store(score, weight);
+      store(gradient, weight * (load(gradient) - load(at.delta + lane)) * scale);
+    }
+  }
+}
+
+}  // namespace
+
+void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t head_index, float* scratch) {
+  const Head head{op, batch, head_index};
+  const int64_t width = padded(op.width);
+  Arena arena{scratch};
+  TileGradients at;
+  at.q_rows = arena.take(kTile * width);
+  at.q_columns = arena.take(kTile * width);
+  at.dout_rows = arena.take(kTile * width);
+  at.dout_columns = arena.take(kTile * width);
+  at.dq = arena.take(kTile * (width + kSpareRows));
+  float* scores = arena.take(kTile * (kKeyBlock + kSpareRows));
+  float* dp = arena.take(kTile * (kKeyBlock + kSpareRows));
+  Block block;
+  block.k = arena.take((kKeyBlock + kSpareRows) * width);
+  block.v = arena.take((kKeyBlock + kSpareRows) * width);
+  float* dk = arena.take(op.n * width);
+  float* dv = arena.take(op.n * width);
+  float* spare = arena.take(width);
+  float* unseen = arena.take(width);
+  clear(dk, 2 * op.n * width + 2 * width);
+
+  for (int64_t tile_index = 0; tile_index < op.lists.tiles; ++tile_index) {
+    const Tile tile(op, tile_index);
+    if (tile.lanes == 0) continue;
+    read_tile(head, tile, block.v, at, unseen);
+    walk(head, tile_index, block, [&] {
+      products_with_columns(block, block.k, at.q_columns, op.width, scores);
+      products_with_columns(block, block.v, at.dout_columns, op.width, dp);
+      weigh_gradients(block, at, op.scale, scores, dp);
+      add_to_keys(block, scores, at.dout_rows, width, dv, spare);
+      add_to_keys(block, dp, at.q_rows, width, dk, spare);
+      add_weighted_rows(block, block.k, dp, op.width, at.dq);
+    });
+    to_rows(at.dq, width, at.q_rows);
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      if (tile.position[lane] >= 0) head.write_turned_back(op.dq, tile.position[lane], at.q_rows + lane * width);
+    }
+  }
+  for (int64_t key = 0; key < op.n; ++key) {
+    for (int64_t d = 0; d < width; ++d) dv[key * width + d] += unseen[d] / static_cast<float>(op.n);
+    head.write_turned_back(op.dv, key, dv + key * width);
+    head.write_turned_back(op.dk, key, dk + key * width);
+  }
+}
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast
