@@ -151,6 +151,7 @@ def _fused(
 
 
 dispatch.register(OP, "reference", reference.sparse_attention)
+dispatch.register(OP, "cpu", partial(_fused, impl="cpu"), supports=_supports_cpu, rank=1)
 dispatch.register(
     OP, "triton", partial(_fused, impl="triton"), supports=_supports_triton, avoid=_auto_avoids_triton, rank=2
 )
