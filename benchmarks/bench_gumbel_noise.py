@@ -103,7 +103,7 @@ BENCHMARK = Benchmark(
     providers=(
         *implementations(
             op.OP,
-            lambda inputs, impl: op.gumbel_noise(SEED, inputs.positions, STREAM, inputs.n_codes, impl=impl),
+            lambda case, inputs, impl: op.gumbel_noise(SEED, inputs.positions, STREAM, inputs.n_codes, impl=impl),
             lambda case, device: {"device": device.type},
         ),
         _torch_provider("torch_exponential", _by_exponential),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -33,12 +34,24 @@ log = logging.getLogger("benchmarks")
 
 @dataclass(frozen=True)
 class Case:
-    """One size of a benchmark; a toy case is for `--smoke` and tests and is never timed."""
+    """One size of a benchmark; a toy case is for `--smoke` and tests and is never timed.
+
+    Attributes:
+        mode: what is done, where a benchmark does several things; None: the benchmark's own mode.
+        device: the kind of device it is measured on; None: any.
+    """
 
     name: str
     sizes: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
     toy: bool = False
+    mode: str | None = None
+    device: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with mode and dtype where a benchmark has cases of one name that differ in them."""
+        return self.name if self.mode is None else f"{self.name} {self.mode} {dtype_name(self.dtype)}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class Cost:
 
     working_set: bytes gone through again and again (decoding); None: inputs come from memory (a cold op).
     items, unit: what a user counts, for a rate (1 image, 1024 tokens).
+    result_bytes: what a call returns, for the peak in multiples of it; 0: nobody asks.
     """
 
     read_bytes: int = 0
@@ -55,6 +69,7 @@ class Cost:
     working_set: int | None = None
     items: int = 0
     unit: str = ""
+    result_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,8 +145,9 @@ class Settings:
     budget_s: float = 20.0
     min_rounds: int = 5
     max_rounds: int = 200
-    cases: tuple[str, ...] = ()  # names; empty: all
+    cases: tuple[str, ...] = ()  # names, * for any letters; empty: all
     providers: tuple[str, ...] = ()
+    ends: float | None = None  # of time.monotonic: no case begins after it
 
 
 @dataclass(frozen=True)
@@ -153,16 +169,18 @@ class Session:
 
 @dataclass
 class Report:
-    """What came out: rows, providers refused (provider in words: why), providers absent (likewise)."""
+    """What came out: rows, providers refused (label: why) and absent (likewise), cases for which no time was left."""
 
     rows: list[Row] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    unbegun: list[str] = field(default_factory=list)
 
     def extend(self, other: Report) -> None:
         self.rows += other.rows
         self.refused |= other.refused
         self.absent |= other.absent
+        self.unbegun += other.unbegun
 
 
 def run(benchmark: Benchmark, settings: Settings, session: Session) -> Iterator[Report]:
@@ -173,9 +191,18 @@ def run(benchmark: Benchmark, settings: Settings, session: Session) -> Iterator[
     _require_known("case", settings.cases, [case.name for case in benchmark.cases])
     _require_known("provider", settings.providers, [provider.name for provider in benchmark.providers])
     for case in benchmark.cases:
-        if case.toy == settings.smoke and (not settings.cases or case.name in settings.cases):
-            log.info("%s %s: verifying", benchmark.op, case.name)
-            yield _run_case(benchmark, case, settings, session)
+        if not _wanted(case, settings, session.device):
+            continue
+        if settings.ends is not None and time.monotonic() >= settings.ends:
+            yield Report(unbegun=[f"{benchmark.op} {case.label}"])
+            continue
+        log.info("%s %s: verifying", benchmark.op, case.label)
+        yield _run_case(benchmark, case, settings, session)
+
+
+def _wanted(case: Case, settings: Settings, device: torch.device) -> bool:
+    named = not settings.cases or any(fnmatch(case.name, pattern) for pattern in settings.cases)
+    return named and case.toy == settings.smoke and case.device in (None, device.type)
 
 
 def verified_jobs(
@@ -189,7 +216,7 @@ def verified_jobs(
     for provider in benchmark.providers:
         if wanted and provider.name not in wanted:
             continue
-        label = f"{benchmark.op} {case.name} {provider.name}"
+        label = f"{benchmark.op} {case.label} {provider.name}"
         reason = provider.missing(case, device)
         if reason is not None:
             report.absent[label] = reason
@@ -213,15 +240,18 @@ def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Ses
         budget_s=0.0 if settings.smoke else settings.budget_s,
         min_rounds=1 if settings.smoke else settings.min_rounds,
         max_rounds=1 if settings.smoke else settings.max_rounds,
-        on_round=functools.partial(log.info, "%s %s: round %d", benchmark.op, case.name),
+        on_round=functools.partial(log.info, "%s %s: round %d", benchmark.op, case.label),
     )
     for provider in benchmark.providers:
         if provider.name not in jobs:
             continue
         row = _facts(benchmark, provider, case, settings, session)
         if not settings.smoke:
-            row |= _numbers(jobs[provider.name], samples[provider.name], benchmark.cost(case), case, session.ceilings)
-            row["values"]["peak"] = _value(peaks[provider.name], "B")
+            cost, peak = benchmark.cost(case), peaks[provider.name]
+            row |= _numbers(jobs[provider.name], samples[provider.name], cost, case, session.ceilings)
+            row["values"]["peak"] = _value(peak, "B")
+            if cost.result_bytes and peak is not None:
+                row["values"]["peak_of_result"] = _value(peak / cost.result_bytes, "x")
         report.rows.append(row)
     return report
 
@@ -243,10 +273,10 @@ def _facts(benchmark: Benchmark, provider: Provider, case: Case, settings: Setti
         "run": session.run,
         "op": benchmark.op,
         "impl": provider.name,
-        "mode": benchmark.mode,
+        "mode": case.mode or benchmark.mode,
         "case": case.name,
         "sizes": dict(case.sizes),
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         "values": {},
         "pieces": {},
         "extrapolated": None,
@@ -306,7 +336,7 @@ def _floor(cost: Cost, case: Case, ceilings: Ceilings) -> tuple[float, dict[str,
         memory_s += cost.write_bytes / rate
     if cost.flops:
         rate = ceilings.matrix_product(case.dtype)
-        limits["matrix_product"] = _value(rate / 1e12, "TFLOP/s") | {"at": str(case.dtype).removeprefix("torch.")}
+        limits["matrix_product"] = _value(rate / 1e12, "TFLOP/s") | {"at": dtype_name(case.dtype)}
         arithmetic_s = cost.flops / rate
     return max(memory_s, arithmetic_s), limits
 
@@ -316,11 +346,16 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As rows and tables spell it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _value(value: float | None, unit: str) -> dict[str, Any]:
     return {"value": value, "unit": unit}
 
 
 def _require_known(kind: str, wanted: tuple[str, ...], known: list[str]) -> None:
     for name in wanted:
-        if name not in known:
-            raise ValueError(f"benchmarks: {kind} must be one of {', '.join(known)}, got {name!r}.")
+        if not any(fnmatch(one, name) for one in known):
+            raise ValueError(f"benchmarks: {kind} must be one of {', '.join(dict.fromkeys(known))}, got {name!r}.")

@@ -61,6 +61,23 @@ def original() -> ModuleType:
         return importlib.import_module("dalle_pytorch.dalle_pytorch")
 
 
+def attention_class(pattern: str) -> tuple[type, dict[str, int]]:
+    """The original's attention class for one of our patterns, and the arguments that choose it.
+
+    Args: pattern: full, axial_row, axial_col or conv_like.   Raises: RuntimeError (not installed).
+    """
+    original()  # the package imports all of itself, which needs the stubs
+    module = importlib.import_module("dalle_pytorch.attention")
+    axial = module.SparseAxialCausalAttention
+    known: dict[str, tuple[type, dict[str, int]]] = {
+        "full": (module.Attention, {}),
+        "axial_row": (axial, {"axis": 0}),
+        "axial_col": (axial, {"axis": 1}),
+        "conv_like": (module.SparseConvCausalAttention, {}),
+    }
+    return known[pattern]
+
+
 def mend_cache(model: nn.Module) -> nn.Module:
     """Mends the cache of one original DALLE (B4, B5) in place; its weights and its numbers without a cache stay.
 

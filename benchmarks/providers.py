@@ -12,13 +12,13 @@ from dalle_fast import dispatch
 
 
 def implementations(
-    op: str, call: Callable[[Any, str], Any], facts: Callable[[Case, torch.device], dict[str, object]]
+    op: str, call: Callable[[Case, Any, str], Any], facts: Callable[[Case, torch.device], dict[str, object]]
 ) -> tuple[Provider, ...]:
     """A provider for each implementation name.
 
     Args:
         op: name in the dispatch table (its module is imported).
-        call: (inputs, impl) -> result; timed whole.
+        call: (case, inputs, impl) -> result; timed whole.
         facts: (case, device) -> the facts by which the table judges whether an implementation can run.
     """
 
@@ -29,7 +29,7 @@ def implementations(
 
         def prepare(case: Case, inputs: Any, device: torch.device) -> Job:
             def whole() -> Any:
-                return call(inputs, impl)
+                return call(case, inputs, impl)
 
             return Job(result=whole, pieces={"whole": whole})
 

@@ -18,9 +18,10 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: pip inst
 ROUNDS = 5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ENTRIES = [
-    pytest.param(bench, case, provider, id=f"{bench.op}-{case.name}-{provider.name}")
+    pytest.param(bench, case, provider, id=f"{bench.op}-{case.label}-{provider.name}".replace(" ", "-"))
     for bench in discover().values()
     for case in bench.cases
+    if case.device in (None, DEVICE.type)
     for provider in bench.providers
 ]
 
@@ -40,5 +41,5 @@ def test_speed(benchmark: Any, bench: Benchmark, case: Case, provider: Provider)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize(DEVICE)
 
-    benchmark.group = f"{bench.op} {case.name}" + (" (sampled pieces only)" if job.extrapolated else "")
+    benchmark.group = f"{bench.op} {case.label}" + (" (sampled pieces only)" if job.extrapolated else "")
     benchmark.pedantic(whole, setup=clock.flush, rounds=1 if case.toy else ROUNDS, warmup_rounds=1)

@@ -11,6 +11,7 @@ from benchmarks.machine import last_level_cache_bytes
 
 Call = Callable[[], object]
 FLUSH_FACTOR = 2  # a flush touches this many times the last-level cache
+CUDA_FLUSHES = 20  # about a millisecond: the host has sent all its launches before the device reaches the first
 
 
 class Clock:
@@ -30,7 +31,8 @@ class Clock:
     def flush(self) -> None:
         """Writes a buffer larger than the last-level cache, so that nothing a benchmark reads is still in it."""
         if self._flush_buffer is not None:
-            self._flush_buffer.add_(1.0)
+            for _ in range(CUDA_FLUSHES if self.device.type == "cuda" else 1):
+                self._flush_buffer.add_(1.0)
 
     def seconds(self, call: Call) -> float:
         """Seconds of one call (after a flush, when the clock is a cold one)."""
