@@ -1,0 +1,224 @@
+"""Compiles Triton kernels for NVIDIA GPUs on a machine without one, reads what came out, and refuses what is bad.
+
+A module `tests/kernels/<op>_cases.py` names what to compile:
+
+    def aot_cases() -> list[AotCase]:
+        q = torch.empty(2, 4, 77, 64, dtype=torch.bfloat16, device="meta")
+        ...
+        return [AotCase("bf16 D64", _attention_fwd, (q, k, ...), {"BLOCK_M": 64}, {"num_warps": 4}, sixteen_bit=True)]
+
+In the folder tests/:
+
+    python -m triton_tools.ahead_of_time            every case for each of its targets; a JSON line each
+    python -m triton_tools.ahead_of_time --slice    a representative few
+    python -m triton_tools.ahead_of_time --list     what would be compiled
+
+The exit status is 1 where a gate of `triton_tools.gates` says no. It must be a process of its own, TRITON_INTERPRET
+unset: what a kernel is, is decided when its module is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from triton_tools.compiled import Resources, read
+from triton_tools.gates import problems
+
+TESTS = Path(__file__).resolve().parent.parent
+CASES = TESTS / "kernels"
+CACHE = TESTS.parent / "build" / "triton"  # of Triton's own, which looks kernels up by their source
+TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities, sm_80 ...
+SLICE_TARGETS = (80, 90)
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """A launch to compile, specialised as the launch itself would be.
+
+    Args:
+        name: the launch row; unique among the cases of one kernel.
+        kernel: the @triton.jit function.
+        args: its arguments in order, without the constexprs: meta tensors stand for tensors.
+        kwargs: its constexprs.   options: of the launch: num_warps, num_stages.
+        sixteen_bit: every matrix product in it must be one of 16-bit operands.
+        targets: the compute capabilities whose launches look like this.
+    """
+
+    name: str
+    kernel: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    options: Mapping[str, int]
+    sixteen_bit: bool
+    targets: tuple[int, ...] = TARGETS
+
+    @property
+    def kernel_name(self) -> str:
+        """The function's name."""
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class Task:
+    """One compilation, in words that another process understands: a case by the module and the names it is found by."""
+
+    module: str
+    kernel: str
+    case: str
+    target: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one compilation gave; `problems` is empty where every gate lets it pass. `seconds` is short if cached."""
+
+    kernel: str
+    case: str
+    target: int
+    resources: Resources
+    problems: list[str]
+    seconds: float
+
+
+def case_modules() -> list[str]:
+    """The modules in tests/kernels that name cases."""
+    return sorted(path.stem for path in CASES.glob("*_cases.py"))
+
+
+def tasks(modules: Iterable[str], *, representative: bool = False) -> Iterator[Task]:
+    """Every case of these modules for each of its targets.
+
+    Args: representative: instead, of every kernel the first case with and the first without 16-bit operands, for
+        SLICE_TARGETS.
+    Raises: ValueError (two cases of one kernel have one name).
+    """
+    for module in modules:
+        seen: set[tuple[str, str]] = set()
+        kinds: set[tuple[str, bool]] = set()
+        for case in _load(module):
+            key, kind = (case.kernel_name, case.name), (case.kernel_name, case.sixteen_bit)
+            if key in seen:
+                raise ValueError(f"{module}: cases of one kernel must differ in name, got {case.name!r} twice.")
+            seen.add(key)
+            if representative and kind in kinds:
+                continue
+            kinds.add(kind)
+            for target in case.targets:
+                if not representative or target in SLICE_TARGETS:
+                    yield Task(module, *key, target)
+
+
+def compile_all(todo: Sequence[Task], processes: int = PROCESSES) -> Iterator[Outcome]:
+    """Compiles in several processes; outcomes come in the order of `todo`."""
+    if not todo:
+        return
+    # A fresh interpreter each: Triton and LLVM keep state that a fork would share.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
+        yield from pool.map(compile_task, todo)
+
+
+def compile_task(task: Task) -> Outcome:
+    """Compiles one case for one target and asks the gates."""
+    [case] = [case for case in _load(task.module) if (case.kernel_name, case.name) == (task.kernel, task.case)]
+    before = time.perf_counter()
+    resources = read(compile_case(case, task.target), task.target)
+    seconds = time.perf_counter() - before
+    found = problems(resources, sixteen_bit=case.sixteen_bit)
+    return Outcome(task.kernel, task.case, task.target, resources, found, seconds)
+
+
+def compile_case(case: AotCase, target: int) -> Any:
+    """Triton's CompiledKernel of one case.
+
+    Raises: RuntimeError (this process interprets kernels).
+    """
+    from triton.runtime import JITFunction, driver
+
+    if not isinstance(case.kernel, JITFunction):
+        raise RuntimeError(
+            f"{case.kernel_name}: must be a @triton.jit function to be compiled, got {type(case.kernel).__name__}."
+            " Was TRITON_INTERPRET set when its module was imported?"
+        )
+    driver.set_active(_NoDevice(target))
+    return case.kernel.warmup(*case.args, grid=(1,), **case.kwargs, **case.options)
+
+
+class _NoDevice:
+    """What Triton asks of a driver while it compiles."""
+
+    def __init__(self, target: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", target, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # compiled kernels are kept by device: one for each target
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@functools.cache
+def _load(module: str) -> list[AotCase]:
+    if str(CASES) not in sys.path:
+        sys.path.append(str(CASES))
+    return importlib.import_module(module).aot_cases()
+
+
+def in_own_process(*arguments: str) -> list[dict[str, Any]]:
+    """Runs this module's command line as tests may: the JSON lines it prints, whatever the gates say.
+
+    Raises: RuntimeError (a case cannot be compiled, or anything else went wrong).
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "triton_tools.ahead_of_time", *arguments]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    refused = any(line.get("problems") for line in lines)
+    if done.returncode != int(refused):
+        raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr}")
+    return lines
+
+
+def main() -> int:
+    """Parses the command line, compiles, prints. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", action="append", metavar="MODULE", help="a module with aot_cases(); default: all")
+    parser.add_argument("--slice", action="store_true", help="a representative few")
+    parser.add_argument("--list", action="store_true", help="say what would be compiled, compile nothing")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1" and not arguments.list:
+        parser.error("TRITON_INTERPRET must be unset: an interpreted kernel cannot be compiled.")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    todo = list(tasks(arguments.cases or case_modules(), representative=arguments.slice))
+    if arguments.list:
+        for task in todo:
+            print(json.dumps(asdict(task)))
+        return 0
+    passed = True
+    for outcome in compile_all(todo):
+        print(json.dumps(asdict(outcome)), flush=True)
+        passed = passed and not outcome.problems
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
