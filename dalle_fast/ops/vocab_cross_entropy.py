@@ -43,8 +43,8 @@ def vocab_cross_entropy(
         divide_max: first divide each row by its signed maximum, the original's `stable`; no gradient through it.
         eps: of the LayerNorm.   impl: "auto", or the name of one implementation.
     Returns: (loss_text, loss_image), means over the labels that count, 0 where none does; scalars of at least float32.
-    Raises: TypeError (dtype), ValueError (shape, range; ids are checked on the CPU, where looking costs no wait),
-        NotImplementedError (impl lacks it), RuntimeError (no GPU, no extension).
+    Raises: TypeError (dtype), ValueError (shape, range; ids are checked on the CPU, where looking costs no wait, but
+        not under torch.compile), NotImplementedError (impl lacks it), RuntimeError (no GPU, no extension).
     Numerics: LayerNorm, logits and sums in float32, or in float64 for float64 inputs; under autocast the operands of
         the products are rounded to its dtype.
     Source: DALLE-pytorch DALLE.forward.
@@ -55,7 +55,7 @@ def vocab_cross_entropy(
     check_one_device(OP, hidden=hidden, norm_weight=norm[0], norm_bias=norm[1], weight=weight, bias=bias, labels=labels)
     n_text = layout.text_len - 1
     _check_shapes(hidden, norm, weight, bias, labels, layout, num_text_tokens)
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ids("text", labels[:, :n_text], num_text_tokens)
         _check_ids("image", labels[:, n_text:], len(weight) - num_text_tokens)
     chosen = dispatch.choose(OP, impl, **facts(hidden, weight))
