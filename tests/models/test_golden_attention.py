@@ -7,6 +7,8 @@ from golden_cases import golden, names
 
 from dalle_fast import attention
 
+pytestmark = pytest.mark.usefixtures("attention")
+
 
 @pytest.mark.parametrize("name", names("attn_module"))
 def test_attention_layer(name: str) -> None:

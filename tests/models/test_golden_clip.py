@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from golden_cases import golden
 from torch import Tensor
 
 from dalle_fast.compat import upstream_names
+
+pytestmark = pytest.mark.usefixtures("attention")
 
 
 def test_similarities_losses_and_gradients() -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dalle_fast.compat import upstream_names
 
+pytestmark = pytest.mark.usefixtures("attention")
+
 
 @pytest.mark.parametrize("name", names("dalle_loss"))
 def test_logits_loss_and_gradients(name: str) -> None:
