@@ -26,7 +26,8 @@ constexpr int kWidth = 4;
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
 
-static inline Vec broadcast(float value) { return Vec{} + value; }
+// Minus zero, not plus: the compiler may leave it out, -0 included.
+static inline Vec broadcast(float value) { return value - Vec{}; }
 
 static inline Vec load(const float* from) {
   Vec value;
@@ -83,11 +84,10 @@ static inline Vec swap_pairs(Vec x) {
 #endif
 }
 
-// 2^x for x <= 127, 0 below -126; not a number stays so. Error below 1 ulp.
-static inline Vec exp2(Vec x) {
-  constexpr float kLowest = -126.0f;
+// 2^x for x <= 127, and 2^-126 for all x below -126; not a number stays so. Error below 1 ulp.
+static inline Vec exp2_normal(Vec x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Vec clamped = larger(broadcast(kLowest), x);
+  const Vec clamped = larger(broadcast(-126.0f), x);
   const Vec shifted = clamped + kRound;
   const Vec f = clamped - (shifted - kRound);  // in [-0.5, 0.5], exact
   // 2^f, interpolated at Chebyshev nodes of the interval: error below 2^-26.7.
@@ -98,13 +98,18 @@ static inline Vec exp2(Vec x) {
   p = multiply_add(p, f, broadcast(0x1.ebfbe0p-3f));
   p = multiply_add(p, f, broadcast(0x1.62e430p-1f));
   p = multiply_add(p, f, broadcast(1.0f));
-  const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23));
+  return reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23));
+}
+
+// The same, but 0 below -126.
+static inline Vec exp2(Vec x) {
+  const Vec power = exp2_normal(x);
 #if defined(__AVX512F__)
-  const __mmask16 tiny =
-      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(kLowest), _CMP_LT_OQ);
-  return reinterpret_cast<Vec>(_mm512_mask_mov_ps(reinterpret_cast<__m512>(scaled), tiny, _mm512_setzero_ps()));
+  const __m512 lowest = _mm512_set1_ps(-126.0f);
+  const __mmask16 below = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), lowest, _CMP_LT_OQ);
+  return reinterpret_cast<Vec>(_mm512_mask_mov_ps(reinterpret_cast<__m512>(power), below, _mm512_setzero_ps()));
 #else
-  return x < kLowest ? Vec{} : scaled;
+  return x < -126.0f ? Vec{} : power;
 #endif
 }
 

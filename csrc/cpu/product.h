@@ -23,22 +23,38 @@ struct ScatteredRows {
   float* operator()(int64_t row) const { return rows[row]; }
 };
 
-// c[i][j] (+)= sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], for kRows rows i and kGroups groups of columns j.
-template <int kRows, int kGroups, bool kAdd, class C>
+// What a product is added to: nothing, the result as it is, or the result with every column j times factors[j].
+struct Nothing {
+  Vec operator()(const float*, int64_t) const { return Vec{}; }
+};
+struct Result {
+  Vec operator()(const float* c, int64_t) const { return load(c); }
+};
+struct ScaledResult {
+  const float* factors;
+  Vec operator()(const float* c, int64_t column) const { return load(c) * load(factors + column); }
+};
+
+// c[i][j] = start + sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], for kRows rows i and kGroups groups of
+// columns j from `column` on.
+template <int kRows, int kGroups, class Start, class C>
 static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-                                 int64_t steps, const C& c, int64_t row) {
+                                 int64_t steps, const Start& start, const C& c, int64_t row, int64_t column) {
   constexpr int kVectors = kGroups * kVectorsInGroup;
   Vec sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = kAdd ? load(c(row + i) + v * kWidth) : Vec{};
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = column + v * kWidth;
+      sum[i][v] = start(c(row + i) + at, at);
+    }
   }
 #pragma GCC unroll 2
   for (int64_t k = 0; k < steps; ++k) {
     Vec right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_step + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_step + column + v * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vec left = broadcast(a[i * a_row + k * a_step]);
@@ -49,50 +65,43 @@ static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c(row + i) + v * kWidth, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) store(c(row + i) + column + v * kWidth, sum[i][v]);
   }
 }
 
-template <int kRows, int kGroups, bool kAdd, class C>
+template <int kRows, int kGroups, class Start, class C>
 static inline void multiply_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-                                 int64_t steps, const C& c, int64_t rows) {
+                                 int64_t steps, const Start& start, const C& c, int64_t rows, int64_t column) {
   for (int64_t row = 0; row < rows; row += kRows) {
-    multiply_tile<kRows, kGroups, kAdd>(a + row * a_row, a_row, a_step, b, b_step, steps, c, row);
+    multiply_tile<kRows, kGroups>(a + row * a_row, a_row, a_step, b, b_step, steps, start, c, row, column);
   }
 }
 
-// The same for any number of rows and for groups 1 .. kMaxGroups. Rows are computed in twos, sixes or eights: up to 7 rows of
-// `a` and `c` behind the last are read and written.
-template <bool kAdd, class C>
-static inline void multiply_groups(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-                                   int64_t steps, const C& c, int64_t rows, int groups) {
-#if defined(__AVX512F__)
-  switch (groups) {
-    case 1:
-      return multiply_rows<8, 1, kAdd>(a, a_row, a_step, b, b_step, steps, c, rows);
-    case 2:
-      return multiply_rows<8, 2, kAdd>(a, a_row, a_step, b, b_step, steps, c, rows);
-    case 3:
-      return multiply_rows<8, 3, kAdd>(a, a_row, a_step, b, b_step, steps, c, rows);
-    default:
-      return multiply_rows<6, 4, kAdd>(a, a_row, a_step, b, b_step, steps, c, rows);
-  }
-#else
-  (void)groups;
-  constexpr int kRows = kWidth == 8 ? 6 : 2;
-  multiply_rows<kRows, 1, kAdd>(a, a_row, a_step, b, b_step, steps, c, rows);
-#endif
-}
-
-// The same for any number of groups.
-template <bool kAdd, class C>
+// The same for any number of rows and groups. Rows are computed in twos, sixes or eights: up to 7 rows of `a` and `c` behind
+// the last are read and written.
+template <class Start, class C>
 static inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
-                            const C& c, int64_t rows, int64_t groups) {
-  for (int64_t first = 0; first < groups; first += kMaxGroups) {
-    const int64_t shift = first * kGroup;
-    const auto shifted = [&](int64_t row) { return c(row) + shift; };
-    const int count = static_cast<int>(groups - first < kMaxGroups ? groups - first : kMaxGroups);
-    multiply_groups<kAdd>(a, a_row, a_step, b + shift, b_step, steps, shifted, rows, count);
+                            const Start& start, const C& c, int64_t rows, int64_t groups) {
+  for (int64_t group = 0; group < groups; group += kMaxGroups) {
+    const int64_t column = group * kGroup;
+#if defined(__AVX512F__)
+    switch (groups - group) {
+      case 1:
+        multiply_rows<8, 1>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        break;
+      case 2:
+        multiply_rows<8, 2>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        break;
+      case 3:
+        multiply_rows<8, 3>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        break;
+      default:
+        multiply_rows<6, 4>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+    }
+#else
+    constexpr int kRows = kWidth == 8 ? 6 : 2;
+    multiply_rows<kRows, 1>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+#endif
   }
 }
 

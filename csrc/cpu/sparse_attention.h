@@ -46,6 +46,7 @@ struct SparseAttention {
   int64_t mask_len;         // keys from here on are not masked
   int32_t mask_text_queries;  // 0: the mask holds for image queries only
   TileLists lists;
+  int64_t threads;  // heads prepared at once, so that memory does not grow with the batch
 };
 
 constexpr int kKeyBlock = 48;   // keys at once: their rows, the queries and the scores stay in the first-level cache
@@ -53,14 +54,23 @@ constexpr int kSpareRows = 8;   // behind every buffer: products compute rows in
 
 }  // namespace dalle_fast
 
-// One tile of queries; one (batch, head) with all its tiles. `scratch` holds as many floats as the functions below say.
+// Keys and values of one (batch, head) in float32, turned: positions begin .. end - 1 of [N, padded(width)] each.
+DALLE_FAST_KERNEL(sparse_attention_prepare,
+                  (const SparseAttention& op, int64_t batch, int64_t head, int64_t begin, int64_t end, float* k, float* v),
+                  (op, batch, head, begin, end, k, v))
+// One tile of queries, over all prepared keys and values of its (batch, head).
 DALLE_FAST_KERNEL(sparse_attention_forward,
-                  (const SparseAttention& op, int64_t batch, int64_t head, int64_t tile, float* scratch),
-                  (op, batch, head, tile, scratch))
+                  (const SparseAttention& op, int64_t batch, int64_t head, int64_t tile, const float* k, const float* v,
+                   float* scratch),
+                  (op, batch, head, tile, k, v, scratch))
+// One (batch, head) with all its tiles.
 DALLE_FAST_KERNEL(sparse_attention_backward, (const SparseAttention& op, int64_t batch, int64_t head, float* scratch),
                   (op, batch, head, scratch))
 
 namespace dalle_fast {
+
+// Floats that one (batch, head) of prepared keys, or of values, takes: the rows that products compute too many lie behind.
+constexpr int64_t sparse_attention_prepared(int64_t padded_width, int64_t n) { return padded_width * (n + kSpareRows); }
 
 constexpr int64_t sparse_attention_forward_scratch(int64_t padded_width) {
   return padded_width * (2 * kTile + 2 * (kKeyBlock + kSpareRows)) + kTile * (padded_width + kSpareRows) +
@@ -69,7 +79,7 @@ constexpr int64_t sparse_attention_forward_scratch(int64_t padded_width) {
 
 constexpr int64_t sparse_attention_backward_scratch(int64_t padded_width, int64_t n) {
   return sparse_attention_forward_scratch(padded_width) + padded_width * (2 * kTile + 2 * (n + 1)) +
-         kTile * (kKeyBlock + kSpareRows);
+         kTile * (kKeyBlock + kSpareRows) + 2 * sparse_attention_prepared(padded_width, n);
 }
 
 }  // namespace dalle_fast

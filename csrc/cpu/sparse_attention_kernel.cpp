@@ -5,9 +5,10 @@
 //   dq_i = sum_j ds_ij k_j     dk_j = sum_i ds_ij q_i
 //
 // A tile of 64 queries lies across the lanes: its channels are rows, scores are [key, query], and so are softmax weights. Keys
-// and values are read row by row as they lie, one number against four vectors of queries, so that any list of keys is as good
-// as a dense block and nothing is transposed but the tile itself. Softmax goes from block to block of keys (running maximum
-// and sum); the backward recomputes the weights from lse. Saved: q, k, v, out, lse. Inside all is float32.
+// and values are used row by row as they lie, one number against four vectors of queries, so that any list of keys is as good
+// as a dense block and nothing is transposed but the tile itself. Keys and values of a head are made float32 and turned once,
+// before its tiles. Softmax goes from block to block of keys (running maximum and sum); the backward recomputes the weights
+// from lse. Saved: q, k, v, out, lse. Inside all is float32.
 //
 // Floor, for P allowed pairs: 4 D P FLOPs forward, 10 D P backward; q, k, v and out once.
 #include "sparse_attention.h"
@@ -108,25 +109,46 @@ void scale_all(float* values, int64_t count, float factor) {
 
 void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
 
-// A block of keys of one run, and the lanes that meet them.
+// Keys of one run, and the lanes that meet them.
 struct Block {
   int count;
   int64_t key[kKeyBlock];
   uint64_t mask[kKeyBlock];
   bool masked;
   int first_group, groups;
-  float* k;  // [kKeyBlock + kSpareRows, padded width], turned
-  float* v;
+  const float* k;  // [count + kSpareRows, padded width]
+  const float* v;
 };
 
-// Walks the keys of a tile in blocks: calls visit(block) with k and v loaded. Keys that the key mask forbids are left out.
+// Keys and values of a head by position, and room for those of a block that do not follow each other.
+struct Prepared {
+  const float* k;  // [N + kSpareRows, padded width]
+  const float* v;
+  float* block_k;  // [kKeyBlock + kSpareRows, padded width]
+  float* block_v;
+
+  void fill(Block& block, int64_t width) const {
+    const int64_t first = block.key[0];
+    block.k = k + first * width;
+    block.v = v + first * width;
+    if (block.key[block.count - 1] - first == block.count - 1) return;  // ascending: without gaps
+    for (int i = 0; i < block.count; ++i) {
+      memcpy(block_k + i * width, k + block.key[i] * width, sizeof(float) * width);
+      memcpy(block_v + i * width, v + block.key[i] * width, sizeof(float) * width);
+    }
+    block.k = block_k;
+    block.v = block_v;
+  }
+};
+
+// Walks the keys of a tile in blocks: calls visit(block). Keys that the key mask forbids are left out.
 template <class Visit>
-void walk(const Head& head, int64_t tile, Block& block, const Visit& visit) {
+void walk(const Head& head, int64_t tile, const Prepared& prepared, const Visit& visit) {
   const SparseAttention& op = head.op;
   const TileLists& lists = op.lists;
   const bool filtered = op.key_mask != nullptr && (op.mask_text_queries || tile >= lists.text_tiles);
   const uint8_t* allowed = filtered ? op.key_mask + head.batch * op.mask_len : nullptr;
-  const int64_t width = padded(op.width);
+  Block block;
   for (int64_t r = lists.run_start[tile]; r < lists.run_start[tile + 1]; ++r) {
     const Run& run = lists.runs[r];
     block.masked = run.mask >= 0;
@@ -136,13 +158,13 @@ void walk(const Head& head, int64_t tile, Block& block, const Visit& visit) {
       for (block.count = 0; i < run.count && block.count < kKeyBlock; ++i) {
         const int64_t key = lists.keys[run.key + i];
         if (key >= op.n || (filtered && key < op.mask_len && !allowed[key])) continue;
-        head.read_turned(op.k, key, block.k + block.count * width);
-        head.read_turned(op.v, key, block.v + block.count * width);
         block.key[block.count] = key;
-        block.mask[block.count] = block.masked ? lists.masks[run.mask + i] : 0;
+        if (block.masked) block.mask[block.count] = lists.masks[run.mask + i];
         ++block.count;
       }
-      if (block.count > 0) visit();
+      if (block.count == 0) continue;
+      prepared.fill(block, padded(op.width));
+      visit(block);
     }
   }
 }
@@ -150,15 +172,17 @@ void walk(const Head& head, int64_t tile, Block& block, const Visit& visit) {
 // scores[key][lane] = sum over channels of rows[key] * columns[.][lane], for the lanes of the block.
 void products_with_columns(const Block& block, const float* rows, const float* columns, int64_t width, float* scores) {
   const int64_t lane = block.first_group * kGroup;
-  multiply<false>(rows, padded(width), 1, columns + lane, kTile, width, EvenRows{scores + lane, kTile}, block.count,
-                  block.groups);
+  multiply(rows, padded(width), 1, columns + lane, kTile, width, Nothing{}, EvenRows{scores + lane, kTile}, block.count,
+           block.groups);
 }
 
-// columns[.][lane] += sum over keys of rows[key] * weights[key][lane].
-void add_weighted_rows(const Block& block, const float* rows, const float* weights, int64_t width, float* columns) {
+// columns[.][lane] = start + sum over keys of rows[key] * weights[key][lane].
+template <class Start>
+void add_weighted_rows(const Block& block, const float* rows, const float* weights, int64_t width, const Start& start,
+                       float* columns) {
   const int64_t lane = block.first_group * kGroup;
-  multiply<true>(rows, 1, padded(width), weights + lane, kTile, block.count, EvenRows{columns + lane, kTile}, width,
-                 block.groups);
+  multiply(rows, 1, padded(width), weights + lane, kTile, block.count, start, EvenRows{columns + lane, kTile}, width,
+           block.groups);
 }
 
 // sums[key] += sum over lanes of weights[key][lane] * rows[lane].
@@ -167,57 +191,94 @@ void add_to_keys(const Block& block, const float* weights, const float* rows, in
   for (int i = 0; i < block.count; ++i) targets[i] = sums + block.key[i] * width;
   for (int i = block.count; i < block.count + kSpareRows; ++i) targets[i] = spare;
   const int64_t lane = block.first_group * kGroup;
-  multiply<true>(weights + lane, kTile, 1, rows + lane * width, width, block.groups * kGroup, ScatteredRows{targets},
-                 block.count, width / kGroup);
+  multiply(weights + lane, kTile, 1, rows + lane * width, width, block.groups * kGroup, Result{}, ScatteredRows{targets},
+           block.count, width / kGroup);
 }
 
 // ------------------------------------------------------------------------------------------------ forward
 
 struct Softmax {
-  float max[kTile];  // of scores in base 2; -inf before the first key
+  float max[kTile];     // of scores in base 2; -inf before the first key
   float sum[kTile];
+  float shrink[kTile];  // what a block makes of the sums before it
 };
 
-// scores -> weights relative to the running maximum; what was summed before is rescaled to it.
-void weigh(const Block& block, int64_t width, float* scores, Softmax& softmax, float* out) {
+// scores -> weights relative to the running maximum, for kVectors vectors of lanes. Weights below 2^-126 count as that.
+template <int kVectors, bool kMasked>
+void weigh_vectors(const Block& block, int lane, float* scores, Softmax& softmax) {
   const Vec nothing = broadcast(-kInfinity);
+  Vec max[kVectors], base[kVectors], sum[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) max[v] = load(softmax.max + lane + v * kWidth);
+  for (int i = 0; i < block.count; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = lane + v * kWidth;
+      Vec score = load(scores + i * kTile + at);
+      if (kMasked) score = where_bits(block.mask[i] >> at, score, nothing);
+      max[v] = larger(max[v], score);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = lane + v * kWidth;
+    base[v] = max[v] == nothing ? Vec{} : max[v];  // no key yet: any base will do
+    const Vec shrink = exp2(load(softmax.max + at) - base[v]);
+    sum[v] = load(softmax.sum + at) * shrink;
+    store(softmax.shrink + at, shrink);
+    store(softmax.max + at, max[v]);
+  }
+  for (int i = 0; i < block.count; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = lane + v * kWidth;
+      Vec weight = exp2_normal(load(scores + i * kTile + at) - base[v]);
+      if (kMasked) weight = where_bits(block.mask[i] >> at, weight, Vec{});
+      store(scores + i * kTile + at, weight);
+      sum[v] += weight;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(softmax.sum + lane + v * kWidth, sum[v]);
+}
+
+void weigh(const Block& block, float* scores, Softmax& softmax) {
   const int end = (block.first_group + block.groups) * kGroup;
-  for (int lane = block.first_group * kGroup; lane < end; lane += kWidth) {
-    const Vec max_before = load(softmax.max + lane);
-    Vec max = max_before;
-    for (int i = 0; i < block.count; ++i) {
-      float* at = scores + i * kTile + lane;
-      if (block.masked) store(at, where_bits(block.mask[i] >> lane, load(at), nothing));
-      max = larger(max, load(at));
-    }
-    store(softmax.max + lane, max);
-    const Vec base = max == nothing ? Vec{} : max;  // no key yet: every weight is exp2(-inf) = 0
-    const Vec shrink = exp2(max_before - base);
-    Vec sum = load(softmax.sum + lane) * shrink;
-    for (int i = 0; i < block.count; ++i) {
-      const Vec weight = exp2(load(scores + i * kTile + lane) - base);
-      store(scores + i * kTile + lane, weight);
-      sum += weight;
-    }
-    store(softmax.sum + lane, sum);
-    for (int64_t d = 0; d < width; ++d) store(out + d * kTile + lane, load(out + d * kTile + lane) * shrink);
+  constexpr int kTwo = 2 * kWidth;  // two chains of sums hide the latency of an addition
+  int lane = block.first_group * kGroup;
+  for (; lane + kTwo <= end; lane += kTwo) {
+    block.masked ? weigh_vectors<2, true>(block, lane, scores, softmax) : weigh_vectors<2, false>(block, lane, scores, softmax);
+  }
+  for (; lane < end; lane += kWidth) {
+    block.masked ? weigh_vectors<1, true>(block, lane, scores, softmax) : weigh_vectors<1, false>(block, lane, scores, softmax);
   }
 }
 
-void mean_of_values(const Head& head, float* scratch_row, float* mean) {
-  const int64_t width = padded(head.op.width);
+void mean_of_rows(const float* rows, int64_t n, int64_t width, float* mean) {
   clear(mean, width);
-  for (int64_t key = 0; key < head.op.n; ++key) {
-    head.read_turned(head.op.v, key, scratch_row);
-    for (int64_t d = 0; d < width; ++d) mean[d] += scratch_row[d];
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t d = 0; d < width; d += kWidth) store(mean + d, load(mean + d) + load(rows + row * width + d));
   }
-  scale_all(mean, width, 1.0f / static_cast<float>(head.op.n));
+  scale_all(mean, width, 1.0f / static_cast<float>(n));
+}
+
+void prepare(const Head& head, int64_t begin, int64_t end, float* k, float* v) {
+  const int64_t width = padded(head.op.width);
+  for (int64_t position = begin; position < end; ++position) {
+    head.read_turned(head.op.k, position, k + position * width);
+    head.read_turned(head.op.v, position, v + position * width);
+  }
 }
 
 }  // namespace
 
+void sparse_attention_prepare(const SparseAttention& op, int64_t batch, int64_t head, int64_t begin, int64_t end, float* k,
+                              float* v) {
+  prepare(Head{op, batch, head}, begin, end, k, v);
+}
+
 void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t head_index, int64_t tile_index,
-                              float* scratch) {
+                              const float* k, const float* v, float* scratch) {
   const Tile tile(op, tile_index);
   if (tile.lanes == 0) return;
   const Head head{op, batch, head_index};
@@ -227,9 +288,9 @@ void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t 
   float* queries = arena.take(kTile * width);
   float* out = arena.take(kTile * (width + kSpareRows));
   float* scores = arena.take(kTile * (kKeyBlock + kSpareRows));
-  Block block;
-  block.k = arena.take((kKeyBlock + kSpareRows) * width);
-  block.v = arena.take((kKeyBlock + kSpareRows) * width);
+  Prepared prepared{k, v, nullptr, nullptr};
+  prepared.block_k = arena.take((kKeyBlock + kSpareRows) * width);
+  prepared.block_v = arena.take((kKeyBlock + kSpareRows) * width);
 
   for (int lane = 0; lane < kTile; ++lane) {
     if (tile.position[lane] >= 0) {
@@ -244,10 +305,11 @@ void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t 
   Softmax softmax;
   for (int lane = 0; lane < kTile; ++lane) softmax.max[lane] = -kInfinity, softmax.sum[lane] = 0.0f;
 
-  walk(head, tile_index, block, [&] {
+  walk(head, tile_index, prepared, [&](const Block& block) {
     products_with_columns(block, block.k, queries, op.width, scores);
-    weigh(block, op.width, scores, softmax, out);
-    add_weighted_rows(block, block.v, scores, op.width, out);
+    weigh(block, scores, softmax);
+    const ScaledResult before{softmax.shrink + block.first_group * kGroup};
+    add_weighted_rows(block, block.v, scores, op.width, before, out);
   });
 
   for (int lane = 0; lane < kTile; lane += kWidth) {
@@ -260,7 +322,7 @@ void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t 
     if (position < 0) continue;
     float* row = rows + lane * width;
     if (softmax.max[lane] == -kInfinity) {
-      mean_of_values(head, block.v, row);
+      mean_of_rows(v, op.n, width, row);
       head.lse(position) = kInfinity;
     } else {
       head.lse(position) = softmax.max[lane] * kLn2 + __builtin_logf(softmax.sum[lane]);
@@ -344,9 +406,14 @@ void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t
   at.dq = arena.take(kTile * (width + kSpareRows));
   float* scores = arena.take(kTile * (kKeyBlock + kSpareRows));
   float* dp = arena.take(kTile * (kKeyBlock + kSpareRows));
-  Block block;
-  block.k = arena.take((kKeyBlock + kSpareRows) * width);
-  block.v = arena.take((kKeyBlock + kSpareRows) * width);
+  Prepared prepared;
+  prepared.block_k = arena.take((kKeyBlock + kSpareRows) * width);
+  prepared.block_v = arena.take((kKeyBlock + kSpareRows) * width);
+  float* k = arena.take(sparse_attention_prepared(width, op.n));
+  float* v = arena.take(sparse_attention_prepared(width, op.n));
+  prepared.k = k;
+  prepared.v = v;
+  prepare(head, 0, op.n, k, v);
   float* dk = arena.take(op.n * width);
   float* dv = arena.take(op.n * width);
   float* spare = arena.take(width);
@@ -356,14 +423,14 @@ void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t
   for (int64_t tile_index = 0; tile_index < op.lists.tiles; ++tile_index) {
     const Tile tile(op, tile_index);
     if (tile.lanes == 0) continue;
-    read_tile(head, tile, block.v, at, unseen);
-    walk(head, tile_index, block, [&] {
+    read_tile(head, tile, spare, at, unseen);
+    walk(head, tile_index, prepared, [&](const Block& block) {
       products_with_columns(block, block.k, at.q_columns, op.width, scores);
       products_with_columns(block, block.v, at.dout_columns, op.width, dp);
       weigh_gradients(block, at, op.scale, scores, dp);
       add_to_keys(block, scores, at.dout_rows, width, dv, spare);
       add_to_keys(block, dp, at.q_rows, width, dk, spare);
-      add_weighted_rows(block, block.k, dp, op.width, at.dq);
+      add_weighted_rows(block, block.k, dp, op.width, Result{}, at.dq);
     });
     to_rows(at.dq, width, at.q_rows);
     for (int lane = 0; lane < tile.lanes; ++lane) {

@@ -46,7 +46,7 @@ class _SparseAttention(ctypes.Structure):
         *(("element", _I32), ("scale", ctypes.c_float)),
         *((name, _Heads) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, _POINTER) for name in ("lse", "cosines", "sines", "key_mask")),
-        *(("mask_len", _I64), ("mask_text_queries", _I32), ("lists", _TileLists)),
+        *(("mask_len", _I64), ("mask_text_queries", _I32), ("lists", _TileLists), ("threads", _I64)),
     ]
 
 
@@ -131,6 +131,7 @@ class _Call:
             0 if self.mask is None else self.mask.shape[1],
             pattern.masks_every_query,
             self.lists.structure(),
+            torch.get_num_threads(),
         )
 
     def pointer(self) -> int:
