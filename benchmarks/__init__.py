@@ -13,9 +13,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from benchmarks.harness import Benchmark
 
+PREFIX = "bench_"
+OURS = ("benchmarks", "dalle_fast", "tests")
 
-def discover() -> dict[str, "Benchmark"]:
-    """Every `BENCHMARK` declared by a `bench_*.py` of this folder, by the name of its op."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith("bench_"))
-    found = [importlib.import_module(f"{__name__}.{name}").BENCHMARK for name in names]
-    return {benchmark.op: benchmark for benchmark in found}
+
+def discover(absent: dict[str, str] | None = None) -> dict[str, "Benchmark"]:
+    """Every `BENCHMARK` declared by a `bench_*.py` of this folder, by the name of its op.
+
+    Args: absent: filled with {op: why} of those that import a package which is not installed.
+    """
+    found = {}
+    for name in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(PREFIX)):
+        try:
+            benchmark = importlib.import_module(f"{__name__}.{name}").BENCHMARK
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            if package in OURS:
+                raise
+            if absent is not None:
+                absent[name.removeprefix(PREFIX)] = f"needs {package}, which is not installed."
+            continue
+        found[benchmark.op] = benchmark
+    return found

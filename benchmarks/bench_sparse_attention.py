@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "t129": STANDARD | {"n": 1152, "text_len": 129},
     "odd_24x40": {"batch": 2, "heads": 3, "n": 1001, "head_dim": 64, "text_len": 77, "grid": (24, 40)},
     "odd_17x23": {"batch": 3, "heads": 5, "n": 437, "head_dim": 32, "text_len": 50, "grid": (17, 23)},
+    "toy_square": {"batch": 1, "heads": 2, "n": 40, "head_dim": 16, "text_len": 5, "grid": (6, 6)},
     "toy": {"batch": 2, "heads": 3, "n": 56, "head_dim": 16, "text_len": 9, "grid": (6, 8)},
 }
 SPARSE = ("axial_row", "axial_col", "conv_like")  # conv_like: its default kernel, 5
@@ -47,7 +48,7 @@ def _family(
     modes: tuple[str, ...] = (FORWARD, BOTH),
 ) -> tuple[Case, ...]:
     return tuple(
-        Case(f"{shape}_{name}", SHAPES[shape] | {"pattern": name}, dtype, shape == "toy", mode, device)
+        Case(f"{shape}_{name}", SHAPES[shape] | {"pattern": name}, dtype, shape.startswith("toy"), mode, device)
         for mode in modes
         for dtype in dtypes
         for name in names
@@ -85,6 +86,7 @@ CASES = (
     *_family("cuda", "odd_17x23", EVERY, (F32,)),
     *_family("cuda", "b1", SPARSE, (F32, F16), (BOTH,)),
     *_family(None, "toy", EVERY, (F32, BF16)),
+    *_family(None, "toy_square", EVERY, (F32,)),
 )
 
 

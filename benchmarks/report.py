@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.curves import DPI, curves, is_swept
 from benchmarks.rows import Row, group, latest
+from benchmarks.tables import MIB, duration, markdown, seconds
 
-MIB = 2**20
 COLUMNS = ("impl", "median", "p20..p80", "vs baseline", "rate", "GB/s", "TFLOP/s", "% of ceiling", "peak", "notes")
-DPI = 120
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -17,12 +17,14 @@ def table(rows: Iterable[Row]) -> str:
     parts = []
     for members in _groups(latest(rows)).values():
         body = [_cells(row, _baseline_seconds(members)) for row in members]
-        parts.append("\n".join([_title(members[0]), "", *_markdown(body), "", _footnote(members)]))
+        parts.append("\n".join([_title(members[0]), "", *markdown([COLUMNS, *body]), "", _footnote(members)]))
     return "\n\n".join(parts) if parts else "No rows yet: python -m benchmarks measures some."
 
 
 def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
     """One PNG a (benchmark, case, dtype, device): a bar an implementation, whiskers p20 to p80, extrapolated hatched.
+
+    Cases of a sweep share one, of curves.
 
     Raises: ValueError (no timed row).
     """
@@ -32,18 +34,18 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
     if not timed:
         raise ValueError("plot: rows must hold a timed one, got none. Measure first: python -m benchmarks.")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for key, members in _groups(timed).items():
-        members = sorted(members, key=lambda row: -_seconds(row, "median"))
+    paths = curves([row for row in timed if is_swept(row)], folder)
+    for key, members in _groups(row for row in timed if not is_swept(row)).items():
+        members = sorted(members, key=lambda row: -seconds(row))
         figure = Figure(figsize=(8, 1.4 + 0.45 * len(members)), layout="constrained")
         axes = figure.add_subplot()
         for place, row in enumerate(members):
-            middle = _seconds(row, "median")
-            whiskers = [[max(middle - _seconds(row, "p20"), 0)], [max(_seconds(row, "p80") - middle, 0)]]
+            middle = seconds(row)
+            whiskers = [[max(middle - seconds(row, "p20"), 0)], [max(seconds(row, "p80") - middle, 0)]]
             hatch = "//" if row["extrapolated"] else None
             colour = "tab:grey" if row["impl"] == row["baseline"] else "tab:blue"
             axes.barh(place, middle, xerr=whiskers, hatch=hatch, color=colour, edgecolor="white", capsize=3)
-            axes.annotate(_duration(middle), (middle, place), (6, 0), textcoords="offset points", va="center")
+            axes.annotate(duration(middle), (middle, place), (6, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(members)), [row["impl"] for row in members])
         axes.margins(x=0.15)
         axes.set_xlabel("seconds; hatched: extrapolated")
@@ -52,15 +54,6 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=DPI)
     return paths
-
-
-def _markdown(body: list[tuple[str, ...]]) -> list[str]:
-    """The lines of a table under COLUMNS, without the columns in which nobody has anything to say."""
-    kept = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in body)]
-    lines = [[cells[i] for i in kept] for cells in (COLUMNS, *body)]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
@@ -96,13 +89,13 @@ def _cells(row: Row, baseline_s: float | None) -> tuple[str, ...]:
     values = row["values"]
     if "median" not in values:
         return (row["impl"], *[""] * (len(COLUMNS) - 2), "verified, not timed")
-    seconds = _seconds(row, "median")
+    middle = seconds(row)
     notes = [note for note, holds in (("extrapolated", row["extrapolated"]), ("cold", row["cold"])) if holds]
     return (
         row["impl"],
-        _duration(seconds),
-        f"{_duration(_seconds(row, 'p20'))}..{_duration(_seconds(row, 'p80'))}",
-        f"{baseline_s / seconds:.2f}x" if baseline_s else "",
+        duration(middle),
+        f"{duration(seconds(row, 'p20'))}..{duration(seconds(row, 'p80'))}",
+        f"{baseline_s / middle:.2f}x" if baseline_s else "",
         f"{values['rate']['value']:.3g} {values['rate']['unit']}" if "rate" in values else "",
         f"{values['bandwidth']['value']:.3g}" if "bandwidth" in values else "",
         f"{values['throughput']['value']:.3g}" if "throughput" in values else "",
@@ -120,14 +113,5 @@ def _peak(values: dict) -> str:
 def _baseline_seconds(members: list[Row]) -> float | None:
     for row in members:
         if row["impl"] == row["baseline"] and "median" in row["values"]:
-            return _seconds(row, "median")
+            return seconds(row)
     return None
-
-
-def _seconds(row: Row, name: str) -> float:
-    return float(row["values"][name]["value"])
-
-
-def _duration(seconds: float) -> str:
-    scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms")
-    return f"{seconds * scale:.3g} {unit}" if seconds < 100 else f"{seconds:.0f} s"

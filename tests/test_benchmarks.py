@@ -1,14 +1,16 @@
 """The harness itself: what it refuses, in which order it times, what rows say, what tables and plots are made of."""
 
+import importlib
 import json
 import math
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import benchmarks.__main__ as command
 from benchmarks import bench_gumbel_noise, bench_sampler, discover, machine, memory, peers, report, rows
@@ -17,6 +19,7 @@ from benchmarks.harness import Benchmark, Case, Cost, Job, Provider, Report, Ses
 from benchmarks.timing import Clock, interleave, percentile, warm_up
 
 CPU = torch.device("cpu")
+BEYOND_TORCH = ("click", "einops", "ftfy", "matplotlib", "PIL", "pytest_benchmark", "safetensors", "tokenizers", "tqdm")
 QUICK = Settings(warm_up_s=0.0, budget_s=0.0, min_rounds=3)
 
 
@@ -60,12 +63,13 @@ def test_wrong_result_is_refused_and_not_timed() -> None:
     assert "wrong" not in calls
 
 
-def test_command_fails_when_a_provider_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_command_fails_when_a_provider_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench = benchmark_of(provider("slow", 42.0, []), provider("wrong", 41.0, []))
-    monkeypatch.setattr(command, "discover", lambda: {"answer": bench})
-    result = CliRunner().invoke(command.main, ["--smoke", "--out", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "REFUSED: answer toy wrong: must be 42.0, got 41.0." in result.output
+    monkeypatch.setattr(command, "discover", lambda absent: {"answer": bench})
+    assert command.main(["--smoke", "--out", str(tmp_path)]) == 1
+    assert "REFUSED: answer toy wrong: must be 42.0, got 41.0." in capsys.readouterr().out
 
 
 def test_missing_provider_is_absent_with_its_reason() -> None:
@@ -171,8 +175,6 @@ def test_original_is_verified_and_refused_with_its_cache_as_it_is(monkeypatch: p
 
 
 def test_stubs_are_gone_after_the_import() -> None:
-    import sys
-
     with peers._stubbed(("no_such_package", "no_such_package.part", "json")):
         from no_such_package.part import Anything
 
@@ -324,11 +326,10 @@ def test_table_is_made_of_rows_of_the_newest_run() -> None:
     assert "Abacus" in text and "c0ffee" in text and "slow: extrapolated from two tokens." in text
 
 
-def test_no_gpu_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_is_said_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(command.main, ["--smoke", "--device", "cuda"])
-    assert result.exit_code == 1
-    assert "sees no GPU" in result.output
+    assert command.main(["--smoke", "--device", "cuda"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
 
 
 def test_table_of_nothing_says_what_to_do() -> None:
@@ -347,28 +348,41 @@ def test_plot_is_made_of_rows(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def test_smoke_verifies_everything_and_reports_no_speed(tmp_path: Path) -> None:
-    result = CliRunner().invoke(command.main, ["--smoke", "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
+def test_smoke_verifies_everything_and_reports_no_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = command.main(["--smoke", "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert status == 0, output
     for op in discover():
-        assert f"### {op} toy" in result.output
-    assert result.output.count("verified, not timed") >= 5  # without extension and peers
-    assert not any(unit in result.output for unit in (" ms", "GB/s", "TFLOP/s", "tokens/s"))
+        assert f"### {op} toy" in output
+    assert output.count("verified, not timed") >= 5  # without extension and peers
+    assert not any(unit in output for unit in (" ms", "GB/s", "TFLOP/s", "tokens/s"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_appends_rows_and_draws_them_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "discover", lambda: {"answer": benchmark_of(provider("slow", 42.0, []))})
+def test_command_appends_rows_and_draws_them_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "discover", lambda absent: {"answer": benchmark_of(provider("slow", 42.0, []))})
     monkeypatch.setattr(
         Session, "begin", lambda device, smoke: Session(device, "now", None, None, None, Ceilings(device, toy=True))
     )
-    runner = CliRunner()
-    result = runner.invoke(command.main, ["--out", str(tmp_path), "--budget", "0", "--rounds", "2"])
-    assert result.exit_code == 0, result.output
+    assert command.main(["--out", str(tmp_path), "--budget", "0", "--rounds", "2"]) == 0
     row = json.loads((tmp_path / "answer.jsonl").read_text())
     assert (row["impl"], row["rounds"], row["smoke"]) == ("slow", 2, False)
-    again = runner.invoke(command.main, ["table", "--rows", str(tmp_path)])
-    assert again.output.strip() in result.output
+    first = capsys.readouterr().out
+    assert command.main(["table", "--rows", str(tmp_path), "--only", "answer"]) == 0
+    assert capsys.readouterr().out.strip() in first
+    assert command.main(["table", "--rows", str(tmp_path), "--only", "question"]) == 0
+    assert "No rows yet" in capsys.readouterr().out
+
+
+def test_command_leaves_out_what_it_has_no_time_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "discover", lambda absent: {"answer": benchmark_of(provider("slow", 42.0, []))})
+    assert command.main(["--out", str(tmp_path), "--within", "0"]) == 0
+    assert "no time was left for 1 cases: answer real" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -379,9 +393,40 @@ def test_command_appends_rows_and_draws_them_again(monkeypatch: pytest.MonkeyPat
         (["--only", "sampler", "--case", "huge"], "case must be one of d512"),
         (["--device", "abacus"], "--device must name a device"),
         (["--device", "meta"], "--device must be cpu or cuda"),
+        (["table", "--rows", "nowhere"], "--rows must be a .jsonl file or a folder"),
     ],
 )
-def test_command_says_what_is_wrong(arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(command.main, arguments)
-    assert result.exit_code != 0
-    assert message in result.output
+def test_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_costs_only_the_benchmarks_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def without_letters(name: str, package: str | None = None) -> object:
+        if name == "benchmarks.bench_sampler":
+            raise ModuleNotFoundError("No module named 'letters.big'", name="letters.big")
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without_letters)
+    absent: dict[str, str] = {}
+    assert set(discover(absent)) >= {"gumbel_noise", "sparse_attention"}
+    assert absent == {"sampler": "needs letters, which is not installed."}
+
+
+def test_measuring_needs_no_package_but_torch() -> None:
+    """`make gpu` runs on a Python with torch, triton and pytest."""
+    block = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {BEYOND_TORCH}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import benchmarks.__main__, benchmarks\n"
+        "print(*benchmarks.discover())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", block], cwd=machine.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"gumbel_noise", "sparse_attention"} <= set(done.stdout.split())
