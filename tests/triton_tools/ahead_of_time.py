@@ -7,6 +7,12 @@ A module `tests/kernels/<op>_cases.py` names what to compile:
         ...
         return [AotCase("bf16 D64", _attention_fwd, (q, k, ...), {"BLOCK_M": 64}, {"num_warps": 4}, sixteen_bit=True)]
 
+or lets the launchers themselves say what they launch:
+
+        with recorded_launches() as launches:
+            forward(*torch.zeros(3, 2, 4, 77, 64, dtype=torch.bfloat16), ...)
+        return [AotCase("bf16 D64", *launch, {}, sixteen_bit=True) for launch in launches]
+
 In the folder tests/:
 
     python -m triton_tools.ahead_of_time            every case for each of its targets; a JSON line each
@@ -30,6 +36,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +163,26 @@ def compile_case(case: AotCase, target: int) -> Any:
         )
     driver.set_active(_NoDevice(target))
     return case.kernel.warmup(*case.args, grid=(1,), **case.kwargs, **case.options)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Within it kernels are not launched but listed: (kernel, args, kwargs), launch options among the kwargs.
+
+    Tensors may be on the CPU: strides and alignment, for which Triton specialises, are those of the call.
+    """
+    from triton.runtime import JITFunction
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((kernel, args, kwargs))
+
+    launch, JITFunction.run = JITFunction.run, note
+    try:
+        yield launches
+    finally:
+        JITFunction.run = launch
 
 
 class _NoDevice:

@@ -42,6 +42,9 @@ def test_every_faulty_kernel_is_refused_and_every_clean_one_passes():
         first_words = [problem.split(":")[0] for problem in outcome["problems"]]
         assert first_words == ([] if outcome["case"].startswith("clean") else [outcome["case"]]), outcome
 
+    [recorded] = [outcome for outcome in outcomes if outcome["case"] == "clean sum"]
+    assert recorded["resources"]["warps"] == 2
+
 
 @needs_triton
 def test_interpreted_kernel_cannot_be_compiled():
