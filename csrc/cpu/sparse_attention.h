@@ -39,7 +39,7 @@ struct SparseAttention {
   float scale;
   Heads q, k, v, out;
   Heads dout, dq, dk, dv;  // backward
-  float* lse;              // [B, H, N]: log of the sum of exp(scale * q.k); +inf: no legal key
+  float* stats;            // [B, H, N, 2]: of scores log2(e) scale q.k the maximum m, and the sum of 2^(score - m); no legal key: -inf, 0
   const float* cosines;    // [N, padded(width)], or null: no rotation; 1 where a channel is not turned
   const float* sines;      // [N, padded(width)]: -sin for the even channel of a pair, sin for the odd; 0 where not turned
   const uint8_t* key_mask;  // [B, mask_len], 1 = may attend, or null

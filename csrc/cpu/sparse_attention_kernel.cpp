@@ -8,7 +8,7 @@
 // and values are used row by row as they lie, one number against four vectors of queries, so that any list of keys is as good
 // as a dense block and nothing is transposed but the tile itself. Keys and values of a head are made float32 and turned once,
 // before its tiles. Softmax goes from block to block of keys (running maximum and sum); the backward recomputes the weights
-// from lse. Saved: q, k, v, out, lse. Inside all is float32.
+// from (maximum, sum). Saved: q, k, v, out, maxima and sums. Inside all is float32.
 //
 // Floor, for P allowed pairs: 4 D P FLOPs forward, 10 D P backward; q, k, v and out once.
 #include "sparse_attention.h"
@@ -22,7 +22,6 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 constexpr float kLog2E = 0x1.715476p0f;
-constexpr float kLn2 = 0x1.62e430p-1f;
 constexpr float kInfinity = __builtin_inff();
 
 // Calls function(const T*) or function(T*) with the elements' own type.
@@ -72,7 +71,12 @@ struct Head {
     write(heads, position, row);
   }
 
-  float& lse(int64_t position) const { return op.lse[(batch * op.heads + head) * op.n + position]; }
+  float* stats(int64_t position) const { return op.stats + 2 * ((batch * op.heads + head) * op.n + position); }
+
+  // Scores in base 2 are `scale()` times products with queries that were multiplied by `sign()`: exact, and never negative,
+  // so that the largest product gives the largest score.
+  float sign() const { return op.scale > 0 ? 1.0f : op.scale < 0 ? -1.0f : 0.0f; }
+  float scale() const { return op.scale == 0 ? 1.0f : __builtin_fabsf(op.scale) * kLog2E; }
 };
 
 // Hands out pieces of the scratch memory.
@@ -198,6 +202,7 @@ void add_to_keys(const Block& block, const float* weights, const float* rows, in
 // ------------------------------------------------------------------------------------------------ forward
 
 struct Softmax {
+  float scale;
   float max[kTile];     // of scores in base 2; -inf before the first key
   float sum[kTile];
   float shrink[kTile];  // what a block makes of the sums before it
@@ -206,10 +211,10 @@ struct Softmax {
 // scores -> weights relative to the running maximum, for kVectors vectors of lanes. Weights below 2^-126 count as that.
 template <int kVectors, bool kMasked>
 void weigh_vectors(const Block& block, int lane, float* scores, Softmax& softmax) {
-  const Vec nothing = broadcast(-kInfinity);
+  const Vec nothing = broadcast(-kInfinity), scale = broadcast(softmax.scale);
   Vec max[kVectors], base[kVectors], sum[kVectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) max[v] = load(softmax.max + lane + v * kWidth);
+  for (int v = 0; v < kVectors; ++v) max[v] = nothing;
   for (int i = 0; i < block.count; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -222,17 +227,18 @@ void weigh_vectors(const Block& block, int lane, float* scores, Softmax& softmax
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const int at = lane + v * kWidth;
-    base[v] = max[v] == nothing ? Vec{} : max[v];  // no key yet: any base will do
-    const Vec shrink = exp2(load(softmax.max + at) - base[v]);
+    const Vec before = load(softmax.max + at), now = larger(before, max[v] * scale);
+    base[v] = now == nothing ? Vec{} : now;  // no key yet: any base will do
+    const Vec shrink = exp2(before - base[v]);
     sum[v] = load(softmax.sum + at) * shrink;
     store(softmax.shrink + at, shrink);
-    store(softmax.max + at, max[v]);
+    store(softmax.max + at, now);
   }
   for (int i = 0; i < block.count; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int at = lane + v * kWidth;
-      Vec weight = exp2_normal(load(scores + i * kTile + at) - base[v]);
+      Vec weight = exp2_normal(multiply_add(load(scores + i * kTile + at), scale, -base[v]));
       if (kMasked) weight = where_bits(block.mask[i] >> at, weight, Vec{});
       store(scores + i * kTile + at, weight);
       sum[v] += weight;
@@ -299,10 +305,11 @@ void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t 
       clear(rows + lane * width, width);
     }
   }
-  scale_all(rows, kTile * width, op.scale * kLog2E);
+  scale_all(rows, kTile * width, head.sign());
   to_columns(rows, width, queries);
   clear(out, kTile * width);
   Softmax softmax;
+  softmax.scale = head.scale();
   for (int lane = 0; lane < kTile; ++lane) softmax.max[lane] = -kInfinity, softmax.sum[lane] = 0.0f;
 
   walk(head, tile_index, prepared, [&](const Block& block) {
@@ -321,12 +328,9 @@ void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t 
     const int64_t position = tile.position[lane];
     if (position < 0) continue;
     float* row = rows + lane * width;
-    if (softmax.max[lane] == -kInfinity) {
-      mean_of_rows(v, op.n, width, row);
-      head.lse(position) = kInfinity;
-    } else {
-      head.lse(position) = softmax.max[lane] * kLn2 + __builtin_logf(softmax.sum[lane]);
-    }
+    if (softmax.sum[lane] == 0.0f) mean_of_rows(v, op.n, width, row);  // no legal key
+    head.stats(position)[0] = softmax.max[lane];
+    head.stats(position)[1] = softmax.sum[lane];
     head.write(op.out, position, row);
   }
 }
@@ -338,12 +342,13 @@ namespace {
 // Of a tile: what the queries and their gradients are, by rows and by columns.
 struct TileGradients {
   float* q_rows;     // [kTile, padded width], turned
-  float* q_columns;  // [padded width, kTile], times scale, in base 2
+  float* q_columns;  // [padded width, kTile], times the sign of scale
   float* dout_rows;
   float* dout_columns;
   float* dq;            // [padded width + kSpareRows, kTile]
-  float lse2[kTile];    // base 2; +inf for idle lanes and for queries without a legal key: every weight is 0
-  float delta[kTile];   // dout . out
+  float max[kTile];
+  float inverse[kTile];  // of the sum; 0 for idle lanes and for queries without a legal key: every weight is 0
+  float delta[kTile];    // dout . out
 };
 
 // `unseen` gathers dout of the queries without a legal key.
@@ -353,8 +358,7 @@ void read_tile(const Head& head, const Tile& tile, float* scratch_row, TileGradi
     const int64_t position = tile.position[lane];
     float* q = at.q_rows + lane * width;
     float* dout = at.dout_rows + lane * width;
-    at.lse2[lane] = kInfinity;
-    at.delta[lane] = 0.0f;
+    at.max[lane] = at.inverse[lane] = at.delta[lane] = 0.0f;
     if (position < 0) {
       clear(q, width);
       clear(dout, width);
@@ -366,25 +370,29 @@ void read_tile(const Head& head, const Tile& tile, float* scratch_row, TileGradi
     Vec delta{};
     for (int64_t d = 0; d < width; d += kWidth) delta = multiply_add(load(dout + d), load(scratch_row + d), delta);
     for (int i = 0; i < kWidth; ++i) at.delta[lane] += delta[i];
-    at.lse2[lane] = head.lse(position) * kLog2E;
-    if (at.lse2[lane] == kInfinity) {
+    const float* stats = head.stats(position);
+    if (stats[1] == 0.0f) {
       for (int64_t d = 0; d < width; ++d) unseen[d] += dout[d];
+    } else {
+      at.max[lane] = stats[0];
+      at.inverse[lane] = 1.0f / stats[1];
     }
   }
   to_columns(at.q_rows, width, at.q_columns);
-  scale_all(at.q_columns, kTile * width, head.op.scale * kLog2E);
+  scale_all(at.q_columns, kTile * width, head.sign());
   to_columns(at.dout_rows, width, at.dout_columns);
   clear(at.dq, kTile * width);
 }
 
 // scores -> weights p; dp -> ds.
-void weigh_gradients(const Block& block, const TileGradients& at, float scale, float* scores, float* dp) {
+void weigh_gradients(const Block& block, const TileGradients& at, const Head& head, float* scores, float* dp) {
+  const Vec scale2 = broadcast(head.scale()), scale = broadcast(head.op.scale);
   const int end = (block.first_group + block.groups) * kGroup;
   for (int i = 0; i < block.count; ++i) {
     for (int lane = block.first_group * kGroup; lane < end; lane += kWidth) {
       float* score = scores + i * kTile + lane;
       float* gradient = dp + i * kTile + lane;
-      Vec weight = exp2(load(score) - load(at.lse2 + lane));
+      Vec weight = exp2(multiply_add(load(score), scale2, -load(at.max + lane))) * load(at.inverse + lane);
       if (block.masked) weight = where_bits(block.mask[i] >> lane, weight, Vec{});
       store(score, weight);
       store(gradient, weight * (load(gradient) - load(at.delta + lane)) * scale);
@@ -427,7 +435,7 @@ void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t
     walk(head, tile_index, prepared, [&](const Block& block) {
       products_with_columns(block, block.k, at.q_columns, op.width, scores);
       products_with_columns(block, block.v, at.dout_columns, op.width, dp);
-      weigh_gradients(block, at, op.scale, scores, dp);
+      weigh_gradients(block, at, head, scores, dp);
       add_to_keys(block, scores, at.dout_rows, width, dv, spare);
       add_to_keys(block, dp, at.q_rows, width, dk, spare);
       add_weighted_rows(block, block.k, dp, op.width, Result{}, at.dq);

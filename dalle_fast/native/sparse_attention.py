@@ -45,7 +45,7 @@ class _SparseAttention(ctypes.Structure):
         *((name, _I64) for name in ("batch", "heads", "n", "width")),
         *(("element", _I32), ("scale", ctypes.c_float)),
         *((name, _Heads) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, _POINTER) for name in ("lse", "cosines", "sines", "key_mask")),
+        *((name, _POINTER) for name in ("stats", "cosines", "sines", "key_mask")),
         *(("mask_len", _I64), ("mask_text_queries", _I32), ("lists", _TileLists), ("threads", _I64)),
     ]
 
@@ -60,17 +60,17 @@ def forward(
     scale: float,
     rotary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp.
+    """Attention, and what its backward needs to make the softmax weights again.
 
     Args: as `dalle_fast.ops.sparse_attention`, checked there; unit stride on D; `key_mask` as `pattern` takes it.
-    Returns: [B, H, N, D], a view of memory laid out [B, N, H, D]; float32 [B, H, N], natural log, +inf for a query
-        without a legal key.
+    Returns: [B, H, N, D], a view of memory laid out [B, N, H, D]; float32 [B, H, N, 2]: of the scores
+        log2(e) * scale * q.k the maximum m, and the sum of 2^(score - m); -inf and 0 for a query without a legal key.
     """
     out = _heads_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    call = _Call(q, k, v, pattern, key_mask, scale, rotary, out, lse)
+    stats = torch.empty(*q.shape[:3], 2, dtype=torch.float32)
+    call = _Call(q, k, v, pattern, key_mask, scale, rotary, out, stats)
     _extension.check(_extension.library().dalle_fast_sparse_attention_forward(call.pointer()), "sparse_attention")
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -79,7 +79,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     *,
     pattern: AttentionPattern,
     key_mask: Tensor | None,
@@ -90,7 +90,7 @@ def backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (_heads_like(q) for _ in range(3))
-    call = _Call(q, k, v, pattern, key_mask, scale, rotary, out, lse)
+    call = _Call(q, k, v, pattern, key_mask, scale, rotary, out, stats)
     for name, tensor in (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
         setattr(call.arguments, name, _Heads.of(tensor))
     _extension.check(_extension.library().dalle_fast_sparse_attention_backward(call.pointer()), "sparse_attention")
@@ -115,7 +115,7 @@ class _Call:
         scale: float,
         rotary: Tensor | None,
         out: Tensor,
-        lse: Tensor,
+        stats: Tensor,
     ) -> None:
         batch, heads, n, width = q.shape
         self.lists = _tile_lists(pattern)
@@ -125,7 +125,7 @@ class _Call:
             *(batch, heads, n, width, _ELEMENTS[q.dtype], scale),
             *(_Heads.of(tensor) for tensor in (q, k, v, out)),
             *(_Heads() for _ in range(4)),
-            lse.data_ptr(),
+            stats.data_ptr(),
             *((None, None) if self.turns is None else (part.data_ptr() for part in self.turns)),
             None if self.mask is None else self.mask.data_ptr(),
             0 if self.mask is None else self.mask.shape[1],
