@@ -37,6 +37,7 @@ def install() -> None:
         setattr(InterpreterBuilder, name, _casting(getattr(InterpreterBuilder, name)))
     for name in _COMPUTING:
         setattr(InterpreterBuilder, name, _computing_wide(getattr(InterpreterBuilder, name)))
+    InterpreterBuilder.get_bf16 = _constant  # a literal: Triton 3.6 has none
     for operations in (ReduceOps, ScanOps):
         operations.apply_impl = _refusing(operations.apply_impl)
 
@@ -51,6 +52,10 @@ def _widen(value: Any) -> Any:
 
 def _round(value: TensorHandle) -> TensorHandle:
     return TensorHandle(round_to_bits(value.data.astype(np.float32)), tl.bfloat16)
+
+
+def _constant(builder: InterpreterBuilder, value: float) -> TensorHandle:
+    return _round(builder.get_fp32(value))
 
 
 def _casting(cast: Operation) -> Operation:
