@@ -25,6 +25,8 @@ def implementations(
     def provider(impl: str) -> Provider:
         def missing(case: Case, device: torch.device) -> str | None:
             entry = dispatch.registered()[op].get(impl)
+            if impl == "triton" and device.type == "cpu":
+                return "Triton's kernels run on GPUs; its interpreter has no speed to report."
             return "not written for this op." if entry is None else entry.supports(**facts(case, device))
 
         def prepare(case: Case, inputs: Any, device: torch.device) -> Job:
