@@ -131,15 +131,15 @@ def _wanted(options: argparse.Namespace) -> list[Benchmark]:
     absent: dict[str, str] = {}
     known = discover(absent)
     for op in options.only:
-        if op in absent:
-            raise UsageError(f"--only {op} cannot run: {absent[op]}")
-        if op not in known:
+        if op not in known and op not in absent:
             raise UsageError(f"--only must be one of {', '.join(known)}, got {op!r}.")
     if (options.case or options.impl) and len(options.only) != 1:
         raise UsageError("--case and --impl name things of one benchmark: give it with one --only.")
-    for op, reason in absent.items() if not options.only else ():
-        print(f"absent: {op}: {reason}")
-    return [known[op] for op in options.only or known]
+    wanted = options.only or [*known, *absent]
+    for op in wanted:
+        if op in absent:
+            print(f"absent: {op}: {absent[op]}")
+    return [known[op] for op in wanted if op in known]
 
 
 def _print_report(report: Report) -> None:

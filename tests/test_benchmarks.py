@@ -401,7 +401,9 @@ def test_command_says_what_is_wrong(arguments: list[str], message: str, capsys: 
     assert message in capsys.readouterr().err
 
 
-def test_a_package_that_is_missing_costs_only_the_benchmarks_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_costs_only_the_benchmarks_that_need_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = importlib.import_module
 
     def without_letters(name: str, package: str | None = None) -> object:
@@ -413,6 +415,11 @@ def test_a_package_that_is_missing_costs_only_the_benchmarks_that_need_it(monkey
     absent: dict[str, str] = {}
     assert set(discover(absent)) >= {"gumbel_noise", "sparse_attention"}
     assert absent == {"sampler": "needs letters, which is not installed."}
+    assert command.main(["--smoke", "--only", "sampler", "--only", "gumbel_noise", "--impl", "reference"]) == 2
+    assert command.main(["--smoke", "--only", "sampler", "--only", "gumbel_noise"]) == 0
+    output = capsys.readouterr().out
+    assert "absent: sampler: needs letters, which is not installed." in output
+    assert "### gumbel_noise toy" in output
 
 
 def test_measuring_needs_no_package_but_torch() -> None:
