@@ -92,13 +92,13 @@ static inline void store_row_vector(Float16* to, Vec x) {
 }
 #endif
 
-// `width` elements as floats, zeros behind them up to padded(width).
+// `width` elements as floats, zeros behind them up to padded_width.
 template <class T>
-static inline void load_row(const T* from, int64_t width, float* to) {
+static inline void load_row(const T* from, int64_t width, int64_t padded_width, float* to) {
   int64_t i = 0;
   for (; i + kWidth <= width; i += kWidth) store(to + i, load_row_vector(from + i));
   for (; i < width; ++i) to[i] = widen(from[i]);
-  for (; i < padded(width); ++i) to[i] = 0.0f;
+  for (; i < padded_width; ++i) to[i] = 0.0f;
 }
 
 template <class T>
