@@ -3,8 +3,8 @@
     s_ij = scale * q_i . k_j where the pattern and the key mask allow it      o_i = sum_j softmax_j(s_i) v_j
 
 "reference" is plain torch and differentiates itself. The others are pairs of launchers, `forward` and `backward`, in
-`dalle_fast.native` and `dalle_fast.kernels`, behind one custom op: saved are q, k, v, o and lse [B, H, N], the
-log-sum-exp of a query's scores; nothing of size N x N.
+`dalle_fast.native` and `dalle_fast.kernels`, behind one custom op: saved are q, k, v, o and one or two numbers a query
+from which the softmax is made again; nothing of size N x N.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ OP = "sparse_attention"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_WIDTHS = (16, 32, 64, 128)
 _LAUNCHERS = {"cpu": "dalle_fast.native.sparse_attention", "triton": "dalle_fast.kernels.sparse_attention"}
+_STATISTICS = {"cpu": (2,), "triton": ()}  # float32 [B, H, N, ...]: maximum and sum, or log-sum-exp
 
 
 def sparse_attention(
@@ -172,7 +173,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     if not q.numel():
-        return _like_output(q), _like_lse(q)
+        return _like_output(q), _like_statistics(q, impl)
     q, k, v = (_adjacent_channels(t) for t in (q, k, v))
     return _launchers(impl).forward(q, k, v, **_constants(key_mask, rotary, pattern, scale))
 
@@ -184,7 +185,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     key_mask: Tensor | None,
     rotary: Tensor | None,
     pattern: str,
@@ -194,12 +195,13 @@ def _backward(
     if not q.numel():
         return _like_output(q), _like_output(q), _like_output(q)
     dout, q, k, v, out = (_adjacent_channels(t) for t in (dout, q, k, v, out))
-    return _launchers(impl).backward(dout, q, k, v, out, lse, **_constants(key_mask, rotary, pattern, scale))
+    return _launchers(impl).backward(dout, q, k, v, out, statistics, **_constants(key_mask, rotary, pattern, scale))
 
 
 @_forward.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _like_output(q), _like_lse(q)
+def _(q: Tensor, k: Tensor, v: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    *_, impl = constants
+    return _like_output(q), _like_statistics(q, impl)
 
 
 @_backward.register_fake
@@ -212,8 +214,8 @@ def _like_output(q: Tensor) -> Tensor:
     return q.new_empty(batch, n, heads, width).transpose(1, 2)
 
 
-def _like_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
+def _like_statistics(q: Tensor, impl: str) -> Tensor:
+    return q.new_empty(*q.shape[:3], *_STATISTICS[impl], dtype=torch.float32)
 
 
 def _adjacent_channels(t: Tensor) -> Tensor:
@@ -235,10 +237,10 @@ def _constants(key_mask: Tensor | None, rotary: Tensor | None, pattern: str, sca
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, key_mask, rotary, *ctx.rest = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    out, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, key_mask, rotary)
+    ctx.save_for_backward(q, k, v, out, statistics, key_mask, rotary)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
