@@ -189,5 +189,23 @@ static inline void weigh_gradients(const Keys& block, const TileGradients& at, c
   }
 }
 
+static inline void write_query_gradients(const Head& head, const Tile& tile, TileGradients& at) {
+  float* rows = at.q_rows;  // done with
+  to_rows(at.dq, head.width, rows);
+  for (int lane = 0; lane < tile.lanes; ++lane) {
+    if (tile.position[lane] >= 0) head.write_turned_back(head.op.dq, tile.position[lane], rows + lane * head.width);
+  }
+}
+
+// dk, dv [N, head.width]: scratch from here on.
+static inline void write_key_gradients(const Head& head, const float* unseen, float* dk, float* dv) {
+  for (int64_t key = 0; key < head.op.n; ++key) {
+    float* row = dv + key * head.width;
+    for (int64_t d = 0; d < head.width; ++d) row[d] += unseen[d] / static_cast<float>(head.op.n);
+    head.write_turned_back(head.op.dv, key, row);
+    head.write_turned_back(head.op.dk, key, dk + key * head.width);
+  }
+}
+
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

@@ -160,16 +160,9 @@ void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t
       add_to_keys(block, dp, at.q_rows, width, dk, spare);
       add_weighted_rows(block, block.k, dp, op.width, Result{}, at.dq);
     });
-    to_rows(at.dq, width, at.q_rows);
-    for (int lane = 0; lane < tile.lanes; ++lane) {
-      if (tile.position[lane] >= 0) head.write_turned_back(op.dq, tile.position[lane], at.q_rows + lane * width);
-    }
+    write_query_gradients(head, tile, at);
   }
-  for (int64_t key = 0; key < op.n; ++key) {
-    for (int64_t d = 0; d < width; ++d) dv[key * width + d] += unseen[d] / static_cast<float>(op.n);
-    head.write_turned_back(op.dv, key, dv + key * width);
-    head.write_turned_back(op.dk, key, dk + key * width);
-  }
+  write_key_gradients(head, unseen, dk, dv);
 }
 
 }  // namespace DALLE_FAST_ISA
