@@ -42,7 +42,7 @@ static inline void weigh_vectors(const Keys& block, int lane, float* scores, Sof
     const Vec before = load(softmax.max + at), now = larger(before, max[v] * scale);
     base[v] = now == nothing ? Vec{} : now;  // no key yet: any base will do
     const Vec shrink = exp2(before - base[v]);
-    sum[v] = load(softmax.sum + at) * shrink;
+    sum[v] = Vec{};
     store(softmax.shrink + at, shrink);
     store(softmax.max + at, now);
   }
@@ -57,7 +57,10 @@ static inline void weigh_vectors(const Keys& block, int lane, float* scores, Sof
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store(softmax.sum + lane + v * kWidth, sum[v]);
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = lane + v * kWidth;
+    store(softmax.sum + at, multiply_add(load(softmax.sum + at), load(softmax.shrink + at), sum[v]));
+  }
 }
 
 static inline void weigh(const Keys& block, float* scores, Softmax& softmax) {

@@ -23,33 +23,28 @@ struct ScatteredRows {
   float* operator()(int64_t row) const { return rows[row]; }
 };
 
-// What a product is added to: nothing, the result as it is, or the result with every column j times factors[j].
-struct Nothing {
-  Vec operator()(const float*, int64_t) const { return Vec{}; }
+// What becomes of a product: it replaces the result, is added to it, or to it with every column j times factors[j]. Added at
+// the end: a sum of few sums is more exact than one long sum.
+struct Replace {
+  Vec operator()(Vec product, const float*, int64_t) const { return product; }
 };
-struct Result {
-  Vec operator()(const float* c, int64_t) const { return load(c); }
+struct Add {
+  Vec operator()(Vec product, const float* c, int64_t) const { return load(c) + product; }
 };
-struct ScaledResult {
+struct AddToScaled {
   const float* factors;
-  Vec operator()(const float* c, int64_t column) const { return load(c) * load(factors + column); }
+  Vec operator()(Vec product, const float* c, int64_t column) const {
+    return multiply_add(load(c), load(factors + column), product);
+  }
 };
 
-// c[i][j] = start + sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], for kRows rows i and kGroups groups of
-// columns j from `column` on.
-template <int kRows, int kGroups, class Start, class C>
+// c[i][j] = sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], or what `put` makes of it, for kRows rows i and
+// kGroups groups of columns j from `column` on.
+template <int kRows, int kGroups, class Put, class C>
 static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-                                 int64_t steps, const Start& start, const C& c, int64_t row, int64_t column) {
+                                 int64_t steps, const Put& put, const C& c, int64_t row, int64_t column) {
   constexpr int kVectors = kGroups * kVectorsInGroup;
-  Vec sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = column + v * kWidth;
-      sum[i][v] = start(c(row + i) + at, at);
-    }
-  }
+  Vec sum[kRows][kVectors] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < steps; ++k) {
     Vec right[kVectors];
@@ -65,42 +60,45 @@ static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c(row + i) + column + v * kWidth, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = c(row + i) + column + v * kWidth;
+      store(to, put(sum[i][v], to, column + v * kWidth));
+    }
   }
 }
 
-template <int kRows, int kGroups, class Start, class C>
+template <int kRows, int kGroups, class Put, class C>
 static inline void multiply_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-                                 int64_t steps, const Start& start, const C& c, int64_t rows, int64_t column) {
+                                 int64_t steps, const Put& put, const C& c, int64_t rows, int64_t column) {
   for (int64_t row = 0; row < rows; row += kRows) {
-    multiply_tile<kRows, kGroups>(a + row * a_row, a_row, a_step, b, b_step, steps, start, c, row, column);
+    multiply_tile<kRows, kGroups>(a + row * a_row, a_row, a_step, b, b_step, steps, put, c, row, column);
   }
 }
 
 // The same for any number of rows and groups. Rows are computed in twos, sixes or eights: up to 7 rows of `a` and `c` behind
 // the last are read and written.
-template <class Start, class C>
+template <class Put, class C>
 static inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
-                            const Start& start, const C& c, int64_t rows, int64_t groups) {
+                            const Put& put, const C& c, int64_t rows, int64_t groups) {
   for (int64_t group = 0; group < groups; group += kMaxGroups) {
     const int64_t column = group * kGroup;
 #if defined(__AVX512F__)
     switch (groups - group) {
       case 1:
-        multiply_rows<8, 1>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        multiply_rows<8, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
         break;
       case 2:
-        multiply_rows<8, 2>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        multiply_rows<8, 2>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
         break;
       case 3:
-        multiply_rows<8, 3>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        multiply_rows<8, 3>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
         break;
       default:
-        multiply_rows<6, 4>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+        multiply_rows<6, 4>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
     }
 #else
     constexpr int kRows = kWidth == 8 ? 6 : 2;
-    multiply_rows<kRows, 1>(a, a_row, a_step, b, b_step, steps, start, c, rows, column);
+    multiply_rows<kRows, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
 #endif
   }
 }

@@ -52,16 +52,16 @@ struct Prepared {
 // scores[key][lane] = sum over channels of rows[key] * columns[.][lane], for the lanes of the block.
 void products_with_columns(const Block& block, const float* rows, const float* columns, int64_t width, float* scores) {
   const int64_t lane = block.first_group * kGroup;
-  multiply(rows, padded(width), 1, columns + lane, kTile, width, Nothing{}, EvenRows{scores + lane, kTile}, block.count,
+  multiply(rows, padded(width), 1, columns + lane, kTile, width, Replace{}, EvenRows{scores + lane, kTile}, block.count,
            block.groups);
 }
 
-// columns[.][lane] = start + sum over keys of rows[key] * weights[key][lane].
-template <class Start>
-void add_weighted_rows(const Block& block, const float* rows, const float* weights, int64_t width, const Start& start,
+// columns[.][lane] += sum over keys of rows[key] * weights[key][lane].
+template <class Put>
+void add_weighted_rows(const Block& block, const float* rows, const float* weights, int64_t width, const Put& put,
                        float* columns) {
   const int64_t lane = block.first_group * kGroup;
-  multiply(rows, 1, padded(width), weights + lane, kTile, block.count, start, EvenRows{columns + lane, kTile}, width,
+  multiply(rows, 1, padded(width), weights + lane, kTile, block.count, put, EvenRows{columns + lane, kTile}, width,
            block.groups);
 }
 
@@ -71,7 +71,7 @@ void add_to_keys(const Block& block, const float* weights, const float* rows, in
   for (int i = 0; i < block.count; ++i) targets[i] = sums + block.key[i] * width;
   for (int i = block.count; i < block.count + kSpareRows; ++i) targets[i] = spare;
   const int64_t lane = block.first_group * kGroup;
-  multiply(weights + lane, kTile, 1, rows + lane * width, width, block.groups * kGroup, Result{}, ScatteredRows{targets},
+  multiply(weights + lane, kTile, 1, rows + lane * width, width, block.groups * kGroup, Add{}, ScatteredRows{targets},
            block.count, width / kGroup);
 }
 
@@ -113,7 +113,7 @@ void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t 
   walk(head, tile_index, prepared, [&](const Block& block) {
     products_with_columns(block, block.k, queries, op.width, scores);
     weigh(block, scores, softmax);
-    const ScaledResult before{softmax.shrink + block.first_group * kGroup};
+    const AddToScaled before{softmax.shrink + block.first_group * kGroup};
     add_weighted_rows(block, block.v, scores, op.width, before, out);
   });
 
@@ -158,7 +158,7 @@ void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t
       weigh_gradients(block, at, head, scores, dp);
       add_to_keys(block, scores, at.dout_rows, width, dv, spare);
       add_to_keys(block, dp, at.q_rows, width, dk, spare);
-      add_weighted_rows(block, block.k, dp, op.width, Result{}, at.dq);
+      add_weighted_rows(block, block.k, dp, op.width, Add{}, at.dq);
     });
     write_query_gradients(head, tile, at);
   }
