@@ -40,12 +40,16 @@ def partners(
             that attend to them.
     Returns: int64 [W], ascending, every position that at least one of these meets; bool [size, W], which pairs do.
     """
-    everyone = torch.arange(pattern.length)
-    mine = positions.clamp(min=0)[:, None]
+    present = positions[positions >= 0]
+    first, end = 0, pattern.length
+    if pattern.causal and present.numel():  # no query meets a later key
+        first, end = (0, int(present.max()) + 1) if of == "queries" else (int(present.min()), pattern.length)
+    everyone = torch.arange(first, end, dtype=torch.int32)  # half the bytes of int64: N^2 comparisons in all
+    mine = positions.clamp(min=0).int()[:, None]
     meets = pattern.allowed(mine, everyone) if of == "queries" else pattern.allowed(everyone, mine)
     meets = meets & (positions >= 0)[:, None]
     met = meets.any(dim=0).nonzero().flatten()
-    return met, meets[:, met]
+    return met + first, meets[:, met]
 
 
 @lru_cache(maxsize=64)

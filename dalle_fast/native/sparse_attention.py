@@ -118,7 +118,7 @@ class _Call:
         stats: Tensor,
     ) -> None:
         batch, heads, n, width = q.shape
-        self.lists = _tile_lists(pattern)
+        self.lists = _tile_lists(pattern, n <= pattern.layout.text_len)
         self.mask = None if key_mask is None else key_mask.contiguous()
         self.turns = None if rotary is None else _turns(rotary[:n], width)
         self.arguments = _SparseAttention(
@@ -169,8 +169,11 @@ class _Lists:
 
 
 @lru_cache(maxsize=64)
-def _tile_lists(pattern: AttentionPattern) -> _Lists:
+def _tile_lists(pattern: AttentionPattern, text_only: bool = False) -> _Lists:
     tiles = tile_positions(pattern, TILE)
+    text_tiles = -(-pattern.layout.text_len // TILE)
+    if text_only:  # a prompt: no need to look at the image, which has many more tiles
+        tiles = tiles[:text_tiles]
     # Keys that follow each other, most of all the text, point into one list of all positions.
     keys, masks = [torch.arange(pattern.length)], []
     n_keys, n_masks = pattern.length, 0
@@ -188,7 +191,7 @@ def _tile_lists(pattern: AttentionPattern) -> _Lists:
                 n_masks += len(run_masks)
         run_start.append(len(runs))
     return _Lists(
-        text_tiles=-(-pattern.layout.text_len // TILE),
+        text_tiles=text_tiles,
         queries=tiles.int().contiguous(),
         run_start=torch.tensor(run_start, dtype=torch.int32),
         runs=torch.tensor(runs, dtype=torch.int32),
