@@ -42,6 +42,55 @@ void drive_gumbel_noise(int64_t rows, int64_t codes) {
   expect(std::all_of(out.begin(), out.end(), [](float x) { return std::isfinite(x); }), "the noise is finite");
 }
 
+// Two heads of 70 causal positions, 64 + 6: a full run, a masked one, keys with gaps; as [B, N, H, D] with bytes of one type.
+struct Attention {
+  static constexpr int64_t kN = 70;
+  std::vector<int32_t> queries, run_start, keys;
+  std::vector<dalle_fast::Run> runs;
+  std::vector<uint64_t> masks;
+  std::vector<std::vector<char>> tensors;
+  std::vector<float> stats, turns;
+  std::vector<uint8_t> key_mask;
+  dalle_fast::SparseAttention op{};
+
+  Attention(int64_t width, dalle_fast::Element element, bool turned, bool masked) {
+    for (int i = 0; i < 128; ++i) queries.push_back(i < kN ? i : -1);
+    for (int i = 0; i < kN; ++i) keys.push_back(i);
+    for (int i = 0; i < 64; ++i) masks.push_back(~uint64_t{0} << i);
+    for (int i = 0; i < 64; i += 2) keys.push_back(i);
+    for (int i = 64; i < kN; ++i) masks.push_back(~uint64_t{0} << (i - 64));
+    runs = {{0, 64, 0, 4, 0}, {static_cast<int32_t>(kN), 32, 0, 1, -1}, {64, 6, 0, 1, 64}};
+    run_start = {0, 1, 3};
+    const int64_t heads = 2, size = element == dalle_fast::Element::float32 ? 4 : 2;
+    op.batch = 1, op.heads = heads, op.n = kN, op.width = width, op.element = element, op.scale = 0.5f;
+    for (dalle_fast::Heads* to : {&op.q, &op.k, &op.v, &op.out, &op.dout, &op.dq, &op.dk, &op.dv}) {
+      tensors.emplace_back(kN * heads * width * size);
+      // bytes of 0x30 .. 0x3F are numbers around 1 in all three types
+      for (size_t i = 0; i < tensors.back().size(); ++i) tensors.back()[i] = static_cast<char>(0x30 + i * 7 % 16);
+      *to = {tensors.back().data(), kN * heads * width, width, heads * width};
+    }
+    stats.resize(heads * kN * 2);
+    op.stats = stats.data();
+    const int64_t padded = (width + 15) / 16 * 16;
+    turns.assign(2 * kN * padded, 0.6f);
+    if (turned) op.cosines = turns.data(), op.sines = turns.data() + kN * padded;
+    key_mask.assign(kN, 0);
+    if (masked) op.key_mask = key_mask.data(), op.mask_len = kN, op.mask_text_queries = 1;
+    op.lists = {2, 2, queries.data(), run_start.data(), runs.data(), keys.data(), masks.data()};
+    op.threads = 2;
+  }
+};
+
+void drive_sparse_attention(int64_t width, dalle_fast::Element element, bool turned, bool masked) {
+  Attention call(width, element, turned, masked);
+  expect(dalle_fast_sparse_attention_forward(&call.op) == 0, "sparse_attention_forward");
+  expect(dalle_fast_sparse_attention_backward(&call.op) == 0, "sparse_attention_backward");
+  const std::vector<std::vector<char>> once = call.tensors;
+  expect(dalle_fast_sparse_attention_forward(&call.op) == 0, "sparse_attention_forward");
+  expect(dalle_fast_sparse_attention_backward(&call.op) == 0, "sparse_attention_backward");
+  expect(call.tensors == once, "a second run gives the same bits");
+}
+
 }  // namespace
 
 int main() {
@@ -52,6 +101,12 @@ int main() {
       expect(dalle_fast_isa() == isa, "the instruction set is the one that was set");
       for (int64_t codes : {0, 1, 3, 4, 31, 32, 33, 2049, 8192}) {
         for (int64_t rows : {0, 1, 3, 17}) drive_gumbel_noise(rows, codes);
+      }
+      for (int64_t width : {1, 6, 16, 33, 64}) {
+        for (int32_t element : {0, 1, 2}) {
+          drive_sparse_attention(width, static_cast<dalle_fast::Element>(element), width % 2 == 0, false);
+          drive_sparse_attention(width, static_cast<dalle_fast::Element>(element), false, true);
+        }
       }
     }
   }
