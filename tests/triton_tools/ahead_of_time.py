@@ -15,9 +15,10 @@ or lets the launchers themselves say what they launch:
 
 In the folder tests/:
 
-    python -m triton_tools.ahead_of_time            every case for each of its targets; a JSON line each
-    python -m triton_tools.ahead_of_time --slice    a representative few
-    python -m triton_tools.ahead_of_time --list     what would be compiled
+    python -m triton_tools.ahead_of_time              every case for each of its targets; a JSON line each
+    python -m triton_tools.ahead_of_time --in-turn    every case for one target
+    python -m triton_tools.ahead_of_time --slice      a representative few
+    python -m triton_tools.ahead_of_time --list       what would be compiled
 
 The exit status is 1 where a gate of `triton_tools.gates` says no. It must be a process of its own, TRITON_INTERPRET
 unset: what a kernel is, is decided when its module is imported.
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from triton_tools.compiled import Resources, read
+from triton_tools.digest import digest
 from triton_tools.gates import problems
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -78,6 +80,11 @@ class AotCase:
         """The function's name."""
         return self.kernel.__name__
 
+    @property
+    def digest(self) -> str:
+        """Another one wherever the compiled kernel may be another one."""
+        return digest(self.kernel, tuple(self.args), {**self.kwargs, **self.options})
+
 
 @dataclass(frozen=True)
 class Task:
@@ -87,15 +94,15 @@ class Task:
     kernel: str
     case: str
     target: int
+    sixteen_bit: bool
+    digest: str
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one compilation gave; `problems` is empty where every gate lets it pass. `seconds` is short if cached."""
 
-    kernel: str
-    case: str
-    target: int
+    task: Task
     resources: Resources
     problems: list[str]
     seconds: float
@@ -106,27 +113,37 @@ def case_modules() -> list[str]:
     return sorted(path.stem for path in CASES.glob("*_cases.py"))
 
 
-def tasks(modules: Iterable[str], *, representative: bool = False) -> Iterator[Task]:
+def tasks(modules: Iterable[str]) -> Iterator[Task]:
     """Every case of these modules for each of its targets.
 
-    Args: representative: instead, of every kernel the first case with and the first without 16-bit operands, for
-        SLICE_TARGETS.
     Raises: ValueError (two cases of one kernel have one name).
     """
     for module in modules:
         seen: set[tuple[str, str]] = set()
-        kinds: set[tuple[str, bool]] = set()
         for case in _load(module):
-            key, kind = (case.kernel_name, case.name), (case.kernel_name, case.sixteen_bit)
+            key = case.kernel_name, case.name
             if key in seen:
                 raise ValueError(f"{module}: cases of one kernel must differ in name, got {case.name!r} twice.")
             seen.add(key)
-            if representative and kind in kinds:
-                continue
-            kinds.add(kind)
             for target in case.targets:
-                if not representative or target in SLICE_TARGETS:
-                    yield Task(module, *key, target)
+                yield Task(module, *key, target, case.sixteen_bit, case.digest)
+
+
+def representative(todo: Iterable[Task]) -> list[Task]:
+    """Of every kernel the first case with and the first without 16-bit operands, for SLICE_TARGETS."""
+    first: dict[tuple[str, bool, int], Task] = {}
+    for task in todo:
+        if task.target in SLICE_TARGETS:
+            first.setdefault((task.kernel, task.sixteen_bit, task.target), task)
+    return list(first.values())
+
+
+def in_turn(todo: Iterable[Task]) -> list[Task]:
+    """Every case once, for another of its targets than the case before it."""
+    by_case: dict[tuple[str, str], list[Task]] = {}
+    for task in todo:
+        by_case.setdefault((task.kernel, task.case), []).append(task)
+    return [members[i % len(members)] for i, members in enumerate(by_case.values())]
 
 
 def compile_all(todo: Sequence[Task], processes: int = PROCESSES) -> Iterator[Outcome]:
@@ -146,7 +163,7 @@ def compile_task(task: Task) -> Outcome:
     resources = read(compile_case(case, task.target), task.target)
     seconds = time.perf_counter() - before
     found = problems(resources, sixteen_bit=case.sixteen_bit)
-    return Outcome(task.kernel, task.case, task.target, resources, found, seconds)
+    return Outcome(task, resources, found, seconds)
 
 
 def compile_case(case: AotCase, target: int) -> Any:
@@ -230,12 +247,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", action="append", metavar="MODULE", help="a module with aot_cases(); default: all")
     parser.add_argument("--slice", action="store_true", help="a representative few")
+    parser.add_argument("--in-turn", action="store_true", help="every case for one of its targets")
+    parser.add_argument("--stdin", action="store_true", help="what standard input names, in the lines of --list")
     parser.add_argument("--list", action="store_true", help="say what would be compiled, compile nothing")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1" and not arguments.list:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must be unset: an interpreted kernel cannot be compiled.")
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
-    todo = list(tasks(arguments.cases or case_modules(), representative=arguments.slice))
+    if arguments.stdin:
+        todo = [Task(**json.loads(line)) for line in sys.stdin]
+    else:
+        todo = list(tasks(arguments.cases or case_modules()))
+    if arguments.slice or arguments.in_turn:
+        todo = representative(todo) if arguments.slice else in_turn(todo)
     if arguments.list:
         for task in todo:
             print(json.dumps(asdict(task)))

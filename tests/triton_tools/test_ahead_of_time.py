@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from triton_tools import ahead_of_time
-from triton_tools.ahead_of_time import TARGETS, AotCase, Task, compile_case, in_own_process, tasks
+from triton_tools.ahead_of_time import (
+    TARGETS,
+    AotCase,
+    Task,
+    compile_case,
+    in_own_process,
+    in_turn,
+    representative,
+    tasks,
+)
 from triton_tools.compiled import Resources, count_instructions, dots_of
 from triton_tools.gates import SHARED_LIMIT, STACK_LIMIT, problems
 
@@ -37,12 +46,12 @@ GOOD = Resources(
 @needs_triton
 def test_every_faulty_kernel_is_refused_and_every_clean_one_passes():
     outcomes = in_own_process("--cases", "triton_tools.faulty_cases")
-    assert {outcome["target"] for outcome in outcomes} == {80, 90, 100}
+    assert {outcome["task"]["target"] for outcome in outcomes} == {80, 90, 100}
     for outcome in outcomes:
+        case = outcome["task"]["case"]
         first_words = [problem.split(":")[0] for problem in outcome["problems"]]
-        assert first_words == ([] if outcome["case"].startswith("clean") else [outcome["case"]]), outcome
-
-    [recorded] = [outcome for outcome in outcomes if outcome["case"] == "clean sum"]
+        assert first_words == ([] if case.startswith("clean") else [case]), outcome
+    [recorded] = [outcome for outcome in outcomes if outcome["task"]["case"] == "clean sum"]
     assert recorded["resources"]["warps"] == 2
 
 
@@ -114,13 +123,14 @@ def test_dots_are_read_with_operand_and_precision():
     assert dots_of(ttir) == [("bf16", "ieee"), ("f16", "tf32"), ("f32", "tf32x3")]
 
 
+def case(kernel: str, name: str, sixteen_bit: bool, targets: tuple[int, ...] = TARGETS) -> AotCase:
+    """A case that nothing can compile."""
+    return AotCase(name, SimpleNamespace(__name__=kernel, fn=case), (), {}, {}, sixteen_bit, targets)
+
+
 @pytest.fixture
 def some_cases(monkeypatch):
     """Stands in for a module of cases."""
-
-    def case(kernel: str, name: str, sixteen_bit: bool, targets: tuple[int, ...] = TARGETS) -> AotCase:
-        return AotCase(name, SimpleNamespace(__name__=kernel), (), {}, {}, sixteen_bit, targets)
-
     cases = [
         case("_fwd", "bf16", True),
         case("_fwd", "fp16", True),
@@ -131,13 +141,31 @@ def some_cases(monkeypatch):
     return cases
 
 
+def chosen(some: list[Task]) -> list[tuple[str, str, int]]:
+    return [(task.kernel, task.case, task.target) for task in some]
+
+
 def test_tasks_are_all_cases_for_their_targets(some_cases):
-    assert len(list(tasks(["some"]))) == 6 + 6 + 1 + 2
-    assert list(tasks(["some"], representative=True)) == [
-        Task("some", "_fwd", "bf16", 80),
-        Task("some", "_fwd", "bf16", 90),
-        Task("some", "_fwd", "fp32", 90),
-        Task("some", "_bwd", "bf16", 90),
+    everything = list(tasks(["some"]))
+    assert len(everything) == 6 + 6 + 1 + 2
+    assert {task.target for task in everything} == set(TARGETS)
+
+
+def test_slice_has_every_kernel_with_and_without_sixteen_bit_operands(some_cases):
+    assert chosen(representative(tasks(["some"]))) == [
+        ("_fwd", "bf16", 80),
+        ("_fwd", "bf16", 90),
+        ("_fwd", "fp32", 90),
+        ("_bwd", "bf16", 90),
+    ]
+
+
+def test_in_turn_has_every_case_once_and_another_target_each(some_cases):
+    assert chosen(in_turn(tasks(["some"]))) == [
+        ("_fwd", "bf16", 80),
+        ("_fwd", "fp16", 86),
+        ("_fwd", "fp32", 90),
+        ("_bwd", "bf16", 90),
     ]
 
 
