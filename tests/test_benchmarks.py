@@ -13,7 +13,15 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks import bench_gumbel_noise, bench_sampler, discover, machine, memory, peers, report, rows
+from benchmarks import (
+    bench_gumbel_noise,
+    bench_sampler,
+    discover,
+    machine,
+    memory,
+    peers,
+    rows,
+)
 from benchmarks.ceilings import DTYPES, Ceilings
 from benchmarks.harness import Benchmark, Case, Cost, Job, Provider, Report, Session, Settings, run, verified_jobs
 from benchmarks.timing import Clock, interleave, percentile, warm_up
@@ -306,45 +314,6 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
             rows.load(tmp_path)
 
 
-def written_row(impl: str, seconds: float, *, run_id: str = "2026-01-02T00:00:00Z", extrapolated: str | None = None):
-    """A row written by hand: what tables and plots may rely on."""
-    return dict.fromkeys(rows.KEYS) | {
-        "run": run_id, "op": "answer", "impl": impl, "mode": "forward", "case": "real", "dtype": "float32",
-        "cold": True,        "values": {name: {"value": seconds, "unit": "s"} for name in ("median", "p20", "p80")},
-        "extrapolated": extrapolated, "baseline": "slow", "ceilings": {}, "commit": "c0ffee", "dirty": False,
-        "device": {"kind": "cpu", "name": "Abacus", "cores": 2, "threads": 2}, "versions": {"torch": "2"},
-    }  # fmt: skip
-
-
-def test_table_is_made_of_rows_of_the_newest_run() -> None:
-    old = written_row("slow", 50.0, run_id="2025-01-02T00:00:00Z")
-    text = report.table([old, written_row("slow", 8.0, extrapolated="from two tokens"), written_row("fast", 0.5)])
-    cells = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-    assert "16.00x" in cells["fast"] and "500 ms" in cells["fast"]
-    assert "1.00x" in cells["slow"] and "extrapolated" in cells["slow"]
-    assert "50 s" not in text
-    assert "Abacus" in text and "c0ffee" in text and "slow: extrapolated from two tokens." in text
-
-
-def test_no_gpu_is_said_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.main(["--smoke", "--device", "cuda"]) == 2
-    assert "sees no GPU" in capsys.readouterr().err
-
-
-def test_table_of_nothing_says_what_to_do() -> None:
-    assert "python -m benchmarks" in report.table([])
-
-
-def test_plot_is_made_of_rows(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
-    paths = report.plot([written_row("slow", 8.0, extrapolated="from two"), written_row("fast", 0.5)], tmp_path)
-    assert [path.name for path in paths] == ["answer-forward-real-float32-cpu.png"]
-    assert paths[0].read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="got none"):
-        report.plot([written_row("slow", 8.0) | {"values": {}}], tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -383,6 +352,12 @@ def test_command_leaves_out_what_it_has_no_time_for(
     assert command.main(["--out", str(tmp_path), "--within", "0"]) == 0
     assert "no time was left for 1 cases: answer real" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_gpu_is_said_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--smoke", "--device", "cuda"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
