@@ -98,6 +98,8 @@ def _flex_missing(case: Case, device: torch.device) -> str | None:
         return "flex_attention has no backward on the CPU."
     if case.toy:
         return "compiles for ten seconds: left out at toy sizes."
+    if device.type == "cuda" and case.dtype != torch.bfloat16:
+        return "compiles for long: on a GPU it is measured in bfloat16."
     return missing_beyond_sweep(case, device)
 
 
