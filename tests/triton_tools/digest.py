@@ -7,10 +7,11 @@ it, and only what changed needs to be compiled again.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,12 +32,9 @@ def _code(kernel: Any, seen: set[str]) -> Iterator[str]:
     if f"{function.__module__}.{function.__qualname__}" in seen:
         return
     seen.add(f"{function.__module__}.{function.__qualname__}")
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    yield ast.dump(tree)
-    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+    text, names = _parsed(function)
+    yield text
+    for name in names:
         value = function.__globals__.get(name)
         if value is None or inspect.ismodule(value):
             continue
@@ -45,6 +43,16 @@ def _code(kernel: Any, seen: set[str]) -> Iterator[str]:
                 yield from _code(value, seen)
         else:
             yield f"{name} = {value!r}"
+
+
+@functools.cache
+def _parsed(function: Callable) -> tuple[str, list[str]]:
+    """The code of a function in one normal form, and the names in it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree), sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
 
 
 def _function(value: Any) -> Any:
