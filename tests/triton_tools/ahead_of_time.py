@@ -42,6 +42,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from triton_tools.compiled import Resources, read
 from triton_tools.digest import digest
 from triton_tools.gates import problems
@@ -50,7 +52,7 @@ TESTS = Path(__file__).resolve().parent.parent
 CASES = TESTS / "kernels"
 CACHE = TESTS.parent / "build" / "triton"  # of Triton's own, which looks kernels up by their source
 TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities, sm_80 ...
-SLICE_TARGETS = (80, 90)
+SLICE_TARGETS = {True: 90, False: 80}  # with 16-bit operands, without: warp groups here, single warps there
 PROCESSES = 2
 
 
@@ -130,11 +132,11 @@ def tasks(modules: Iterable[str]) -> Iterator[Task]:
 
 
 def representative(todo: Iterable[Task]) -> list[Task]:
-    """Of every kernel the first case with and the first without 16-bit operands, for SLICE_TARGETS."""
-    first: dict[tuple[str, bool, int], Task] = {}
+    """Of every kernel the first case with and the first without 16-bit operands, for one target each."""
+    first: dict[tuple[str, bool], Task] = {}
     for task in todo:
-        if task.target in SLICE_TARGETS:
-            first.setdefault((task.kernel, task.sixteen_bit, task.target), task)
+        if task.target == SLICE_TARGETS[task.sixteen_bit]:
+            first.setdefault((task.kernel, task.sixteen_bit), task)
     return list(first.values())
 
 
@@ -152,7 +154,8 @@ def compile_all(todo: Sequence[Task], processes: int = PROCESSES) -> Iterator[Ou
         return
     # A fresh interpreter each: Triton and LLVM keep state that a fork would share.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
+    one_thread = functools.partial(torch.set_num_threads, 1)
+    with ProcessPoolExecutor(min(processes, len(todo)), context, one_thread) as pool:
         yield from pool.map(compile_task, todo)
 
 
@@ -254,6 +257,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must be unset: an interpreted kernel cannot be compiled.")
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    torch.set_num_threads(1)  # for the launchers: small work, and the processes are the parallelism
     if arguments.stdin:
         todo = [Task(**json.loads(line)) for line in sys.stdin]
     else:
