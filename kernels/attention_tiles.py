@@ -51,9 +51,14 @@ def takes_first_apart(pattern: AttentionPattern, block_n: int) -> bool:
 
 
 @lru_cache(maxsize=256)
-def query_tiles(pattern: AttentionPattern, n: int, block_m: int, block_n: int, device: torch.device) -> QueryTiles:
-    """The tiles of the first n positions, most work first: a long tile that starts late would be waited for."""
-    first = int(takes_first_apart(pattern, block_n))
+def query_tiles(
+    pattern: AttentionPattern, n: int, block_m: int, block_n: int, apart: bool, device: torch.device
+) -> QueryTiles:
+    """The tiles of the first n positions, most work first: a long tile that starts late would be waited for.
+
+    apart: take key 0 apart where that saves a block.
+    """
+    first = int(apart and takes_first_apart(pattern, block_n))
     walks = []
     for queries in _split(pattern, n, block_m, lone_text_query_joins=True):
         keys, every = _met(pattern, queries, first, n, of="queries")

@@ -254,7 +254,7 @@ def launch_forward(
     out = empty_like_projection(q)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     block_m, block_n, num_warps, num_stages = launch.forward
-    tiles = query_tiles(pattern, n, block_m, block_n, q.device)
+    tiles = query_tiles(pattern, n, block_m, block_n, launch.apart, q.device)
     shared = prepare(q, pattern, key_mask, rotary)
     with launching_on(q.device):
         _sparse_attention_fwd[(len(tiles.positions) * batch * heads,)](
@@ -308,7 +308,7 @@ def launch_backward(
     shared = prepare(q, pattern, key_mask, rotary)
     sizes_q, sizes_k = launch.backward_queries, launch.backward_keys
     n = q.shape[2]
-    tiles_q = query_tiles(pattern, n, sizes_q.block_m, sizes_q.block_n, q.device)
+    tiles_q = query_tiles(pattern, n, sizes_q.block_m, sizes_q.block_n, launch.apart, q.device)
     tiles_k = key_tiles(pattern, n, sizes_k.block_m, sizes_k.block_n, tiles_q.first, launch.longest, q.device)
     with launching_on(q.device):
         delta, first, mean = launch_queries(dout, q, k, v, out, lse, dq, shared, scale, tiles_q, sizes_q)

@@ -128,6 +128,8 @@ def _sparse_attention_bwd_queries(
         keyless = tl.sum(tl.where((lse == float("inf"))[:, None], do.to(tl.float32), 0.0), axis=0)
         tl.store(keyless_ptr + (batch_head * n_tiles + tile) * HEAD_DIM + offs_d, keyless)
 
+    # Again, after a store: a tile that is summed by rows and multiplied, too, lies in registers twice.
+    do = load_rows(do_ptr, query, do_strides[2], HEAD_DIM, True)
     query_turns = load_turns(turn_ptr, query, HEAD_DIM, ROTARY, True)
     q = turn(load_rows(q_ptr, query, q_strides[2], HEAD_DIM, True), query_turns, ROTARY, False)
     factor, shift = in_exponent(scale, q.dtype), in_exponent(lse, q.dtype)
