@@ -1,7 +1,8 @@
 """Compiles csrc/cpu into one shared library: a plain C interface, built without torch or Python headers.
 
 Imports the standard library alone: setup.py loads this file before anything is installed. A file's name tells how it
-is compiled: *_kernel.cpp once for each instruction set, every other .cpp once. Why: docs/decisions/0001.
+is compiled: *_amx_kernel.cpp for the instruction set amx, other *_kernel.cpp once for each of the others, every other
+.cpp once. Why: docs/decisions/0001.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cpu"  # there in a checkout and in a source distribution
 LIBRARY = Path(__file__).resolve().parent / "_cpu.so"
 
+_AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 # In the order of enum Isa (csrc/cpu/isa.h), each with the flags its kernels are compiled with.
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+    "avx512": _AVX512,
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 # No -ffast-math, no -march=native, no contraction of a*b + c: equal bits on every instruction set and machine.
@@ -66,12 +69,15 @@ def source_digest() -> str | None:
     return digest.hexdigest()[:16]
 
 
-def build(library: Path = LIBRARY, objects: Path | None = None, *, sanitizer: str | None = None) -> None:
+def build(
+    library: Path = LIBRARY, objects: Path | None = None, *, sanitizer: str | None = None, emulate_amx: bool = False
+) -> None:
     """Compiles what changed, in parallel, and links it.
 
     Args:
         library: the shared library to write.   objects: folder of the object files, kept between builds.
         sanitizer: None, "address" (with undefined behaviour) or "thread".
+        emulate_amx: the set amx computes what its instructions would, slowly, on any machine with AVX-512: for tests.
     Raises: RuntimeError with the compiler's own words.
     """
     missing = why_not()
@@ -80,7 +86,7 @@ def build(library: Path = LIBRARY, objects: Path | None = None, *, sanitizer: st
     objects = objects or SOURCES.parent.parent / "build" / "csrc"
     objects.mkdir(parents=True, exist_ok=True)
     extra = SANITIZERS[sanitizer] if sanitizer else []
-    jobs = _compilations(objects, extra)
+    jobs = _compilations(objects, extra, emulate_amx)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_compile, jobs))
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -90,19 +96,30 @@ def build(library: Path = LIBRARY, objects: Path | None = None, *, sanitizer: st
     fresh.replace(library)
 
 
-def instruction_sets() -> list[str]:
-    """Those a kernel is compiled for on this processor architecture."""
-    return list(INSTRUCTION_SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
+def _instruction_sets(emulate_amx: bool) -> dict[str, list[str]]:
+    """Those that kernels are compiled for on this processor architecture by this compiler, with their flags."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"baseline": []}
+    sets = dict(INSTRUCTION_SETS)
+    if emulate_amx:
+        sets["amx"] = _AVX512
+    elif not _compiler_takes(sets["amx"]):  # GCC before 11
+        del sets["amx"]
+    return sets
 
 
-def _compilations(objects: Path, extra: Sequence[str]) -> list[tuple[list[str], Path, Path]]:
+def _compilations(objects: Path, extra: Sequence[str], emulate_amx: bool) -> list[tuple[list[str], Path, Path]]:
+    sets = _instruction_sets(emulate_amx)
+    shared = [*FLAGS, *extra, *(["-DDALLE_FAST_HAS_AMX"] if "amx" in sets else [])]
     jobs = []
     for source in sorted(SOURCES.glob("*.cpp")):
-        kernel = source.stem.endswith("_kernel")
-        for isa in instruction_sets() if kernel else [None]:
-            flags = [*FLAGS, *extra]
+        kernel, on_tiles = source.stem.endswith("_kernel"), source.stem.endswith("_amx_kernel")
+        for isa in [isa for isa in sets if (isa == "amx") == on_tiles] if kernel else [None]:
+            flags = list(shared)
             if isa is not None:
-                flags += [f"-DDALLE_FAST_ISA={isa}", *INSTRUCTION_SETS[isa]]
+                flags += [f"-DDALLE_FAST_ISA={isa}", *sets[isa]]
+            if emulate_amx and (on_tiles or source.stem == "isa"):
+                flags.append("-DDALLE_FAST_EMULATE_AMX")
             if source.stem == "exports":
                 flags.append(f'-DDALLE_FAST_SOURCE_DIGEST="{source_digest()}"')
             name = source.stem if isa is None else f"{source.stem}.{isa}"
@@ -112,14 +129,14 @@ def _compilations(objects: Path, extra: Sequence[str]) -> list[tuple[list[str], 
 
 def _compile(job: tuple[list[str], Path, Path]) -> None:
     flags, source, object_file = job
-    command = [*_compiler(), *flags, "-c", str(source), "-o", str(object_file)]
+    command = [*_compiler(), *flags, "-c", str(source)]
     # The object carries the command line and the text of every source and header it may have been made from.
     mark = object_file.with_suffix(".mark")
     headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
     made_from = hashlib.sha256(shlex.join(command).encode() + source.read_bytes() + headers).hexdigest()
     if object_file.exists() and mark.exists() and mark.read_text() == made_from:
         return
-    _run(command)
+    _run([*command, "-o", str(object_file)])
     mark.write_text(made_from)
 
 
@@ -127,6 +144,11 @@ def _compiler() -> list[str]:
     command = compiler()
     assert command is not None  # build() checked it
     return command
+
+
+def _compiler_takes(flags: Sequence[str]) -> bool:
+    command = [*_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

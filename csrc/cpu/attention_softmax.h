@@ -133,8 +133,11 @@ struct TileGradients {
   float delta[kTile];    // dout . out
 };
 
-// `unseen` gathers dout of the queries without a legal key.
-static inline void read_tile(const Head& head, const Tile& tile, TileGradients& at, float* unseen) {
+// `unseen` gathers dout of the queries without a legal key. delta is summed in the order of dp, so that where one key has all
+// the weight both round alike and their difference is small: sums of `depth` channels, each of kChains sums taken in turn.
+template <int kChains = 1>
+static inline void read_tile(const Head& head, const Tile& tile, TileGradients& at, float* unseen,
+                             int64_t depth = INT64_MAX) {
   const int64_t width = head.width;
   float* out_rows = at.q_columns;  // until the queries need it
   float* out_columns = at.dq;
@@ -164,10 +167,15 @@ static inline void read_tile(const Head& head, const Tile& tile, TileGradients& 
   to_columns(at.dout_rows, width, at.dout_columns);
   to_columns(out_rows, width, out_columns);
   for (int lane = 0; lane < kTile; lane += kWidth) {
-    // Summed in the order of dp: where one key has all the weight, both round alike and their difference is small.
     Vec delta{};
-    for (int64_t d = 0; d < head.op.width; ++d) {
-      delta = multiply_add(load(at.dout_columns + d * kTile + lane), load(out_columns + d * kTile + lane), delta);
+    for (int64_t d = 0; d < head.op.width;) {
+      Vec sums[kChains] = {};
+      for (int64_t i = 0; i < depth && d < head.op.width; ++i, ++d) {
+        Vec& sum = sums[i % kChains];
+        sum = multiply_add(load(at.dout_columns + d * kTile + lane), load(out_columns + d * kTile + lane), sum);
+      }
+      for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+      delta += sums[0];
     }
     store(at.delta + lane, delta);
   }

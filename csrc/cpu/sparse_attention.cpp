@@ -22,15 +22,43 @@ std::unique_ptr<float[], Free> scratch_memory(int64_t floats) {
 
 constexpr int64_t kSpan = 128;  // positions prepared by one work item
 
-int64_t padded_width(const SparseAttention& op) { return (op.width + 15) / 16 * 16; }
+// What computes an op, and the memory it wants in floats. Chosen once a call: forward reads what its own prepare wrote.
+struct Kernels {
+  decltype(&sparse_attention_prepare) prepare;
+  decltype(&sparse_attention_forward) forward;
+  decltype(&sparse_attention_backward) backward;
+  int64_t prepared, forward_scratch, backward_scratch;
+};
+
+Kernels kernels_of(const SparseAttention& op) {
+#if defined(DALLE_FAST_HAS_AMX)
+  // Tiles take 32 channels at a time: narrow heads would be zeros for the most part.
+  if (op.element == Element::bfloat16 && op.width >= 16 && current_isa() == Isa::amx) {
+    return {amx::sparse_attention_prepare,
+            amx::sparse_attention_forward,
+            amx::sparse_attention_backward,
+            sparse_attention_amx_prepared(op.width, op.n),
+            sparse_attention_amx_forward_scratch(op.width),
+            sparse_attention_amx_backward_scratch(op.width, op.n)};
+  }
+#endif
+  const int64_t width = (op.width + 15) / 16 * 16;
+  return {sparse_attention_prepare,
+          sparse_attention_forward,
+          sparse_attention_backward,
+          sparse_attention_prepared(width, op.n),
+          sparse_attention_forward_scratch(width),
+          sparse_attention_backward_scratch(width, op.n)};
+}
 
 }  // namespace
 }  // namespace dalle_fast
 
 int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* op) {
   using namespace dalle_fast;
-  const int64_t heads = op->batch * op->heads, tiles = op->lists.tiles, width = padded_width(*op);
-  const int64_t at_once = std::min(heads, op->threads), prepared = sparse_attention_prepared(width, op->n);
+  const Kernels kernels = kernels_of(*op);
+  const int64_t heads = op->batch * op->heads, tiles = op->lists.tiles;
+  const int64_t at_once = std::min(heads, op->threads), prepared = kernels.prepared;
   const auto keys = scratch_memory(at_once * prepared), values = scratch_memory(at_once * prepared);
   const int64_t spans = (op->n + kSpan - 1) / kSpan;
   for (int64_t first = 0; first < heads; first += at_once) {
@@ -38,19 +66,19 @@ int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* o
     int32_t status = parallel_for(count * spans, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t slot = item / spans, head = first + slot, start = item % spans * kSpan;
-        sparse_attention_prepare(*op, head / op->heads, head % op->heads, start, std::min(start + kSpan, op->n),
-                                 keys.get() + slot * prepared, values.get() + slot * prepared);
+        kernels.prepare(*op, head / op->heads, head % op->heads, start, std::min(start + kSpan, op->n),
+                        keys.get() + slot * prepared, values.get() + slot * prepared);
       }
     });
     if (status != 0) return status;
     status = parallel_tasks(count * tiles, [&](auto next) {
-      const auto scratch = scratch_memory(sparse_attention_forward_scratch(width));
+      const auto scratch = scratch_memory(kernels.forward_scratch);
       for (int64_t task; (task = next()) >= 0;) {
         const int64_t slot = task % count, head = first + slot;
         // Late tiles of the full pattern have the most keys: they go first, so that no thread waits for one at the end.
         const int64_t tile = tiles - 1 - task / count;
-        sparse_attention_forward(*op, head / op->heads, head % op->heads, tile, keys.get() + slot * prepared,
-                                 values.get() + slot * prepared, scratch.get());
+        kernels.forward(*op, head / op->heads, head % op->heads, tile, keys.get() + slot * prepared,
+                        values.get() + slot * prepared, scratch.get());
       }
     });
     if (status != 0) return status;
@@ -60,10 +88,11 @@ int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* o
 
 int32_t dalle_fast_sparse_attention_backward(const dalle_fast::SparseAttention* op) {
   using namespace dalle_fast;
+  const Kernels kernels = kernels_of(*op);
   return parallel_tasks(op->batch * op->heads, [&](auto next) {
-    const auto scratch = scratch_memory(sparse_attention_backward_scratch(padded_width(*op), op->n));
+    const auto scratch = scratch_memory(kernels.backward_scratch);
     for (int64_t head; (head = next()) >= 0;) {
-      sparse_attention_backward(*op, head / op->heads, head % op->heads, scratch.get());
+      kernels.backward(*op, head / op->heads, head % op->heads, scratch.get());
     }
   });
 }

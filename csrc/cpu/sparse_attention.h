@@ -82,4 +82,29 @@ constexpr int64_t sparse_attention_backward_scratch(int64_t padded_width, int64_
          kTile * (kKeyBlock + kSpareRows) + 2 * sparse_attention_prepared(padded_width, n);
 }
 
+#if defined(DALLE_FAST_HAS_AMX)
+// The same three for bfloat16 with products on matrix tiles. The keys and values they prepare have a layout of their own.
+namespace amx {
+void sparse_attention_prepare(const SparseAttention& op, int64_t batch, int64_t head, int64_t begin, int64_t end, float* k,
+                              float* v);
+void sparse_attention_forward(const SparseAttention& op, int64_t batch, int64_t head, int64_t tile, const float* k,
+                              const float* v, float* scratch);
+void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t head, float* scratch);
+}  // namespace amx
+#endif
+
+// Their sizes in floats; channels and positions are filled up to 32s.
+constexpr int64_t sparse_attention_amx_prepared(int64_t width, int64_t n) {
+  return (width + 31) / 32 * 32 * ((n + 31) / 32 * 32);
+}
+
+constexpr int64_t sparse_attention_amx_forward_scratch(int64_t width) {
+  return (width + 31) / 32 * 32 * 5 * kTile + 3 * kTile * kTile / 2;
+}
+
+constexpr int64_t sparse_attention_amx_backward_scratch(int64_t width, int64_t n) {
+  return (width + 31) / 32 * 32 * (19 * kTile / 2 + 2 * n + 1) + 3 * kTile * kTile +
+         2 * sparse_attention_amx_prepared(width, n);
+}
+
 }  // namespace dalle_fast
