@@ -23,7 +23,6 @@ from benchmarks.report import plot, table
 from benchmarks.rows import RESULTS, Row, append, load
 
 BUSY = 0.5  # more than this load a core before the run: times mean little
-WARM_UP_SHARE = 1 / 40  # of a case's budget, for each provider
 
 
 class UsageError(Exception):
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--impl", action="append", default=[], help="run this implementation (repeatable; with one --only)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--threads", type=_at_least_one, help="threads torch may use; default: its own choice")
-    add("--budget", type=float, default=20.0, help="seconds of timing a case (default: 20)")
+    add("--budget", type=float, help="seconds of timing a case; default: the benchmark's own choice")
     add("--rounds", type=_at_least_one, default=5, help="rounds a case at least (default: 5)")
     add("--within", type=float, metavar="SECONDS", help="begin no case later than this; the last are left out")
     add("--out", type=Path, default=RESULTS, help="folder the rows are appended in")
@@ -105,7 +104,6 @@ def _measure(options: argparse.Namespace) -> int:
     session = Session.begin(_device(options.device), smoke=options.smoke)
     settings = Settings(
         smoke=options.smoke,
-        warm_up_s=options.budget * WARM_UP_SHARE,
         budget_s=options.budget,
         min_rounds=options.rounds,
         cases=tuple(options.case),

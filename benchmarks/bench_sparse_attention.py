@@ -126,4 +126,5 @@ BENCHMARK = Benchmark(
     check=_check,
     cost=cost,
     baseline="sdpa_causal",
+    budget_s=2.0,
 )

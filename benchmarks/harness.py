@@ -30,6 +30,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import Clock, interleave, median, percentile, warm_up
 
 log = logging.getLogger("benchmarks")
+WARM_UP_SHARE = 1 / 40  # of a case's budget, for each piece of a provider
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Benchmark:
         expected: (case, inputs) -> what the oracle says.
         check: (case, got, expected) -> None, or in words what is wrong.
         cost: case -> Cost.   cold: flush the caches before each call.   baseline: the provider ratios refer to.
+        budget_s: seconds of timing a case, unless a run is given others.
     """
 
     op: str
@@ -134,6 +136,7 @@ class Benchmark:
     cost: Callable[[Case], Cost]
     baseline: str
     cold: bool = True
+    budget_s: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,7 @@ class Settings:
     """How long and what to measure; `smoke` takes the toy cases, verifies, runs everything once, reports no speed."""
 
     smoke: bool = False
-    warm_up_s: float = 0.5
-    budget_s: float = 20.0
+    budget_s: float | None = None  # of timing a case; None: the benchmark's own
     min_rounds: int = 5
     max_rounds: int = 200
     cases: tuple[str, ...] = ()  # names, * for any letters; empty: all
@@ -233,11 +235,13 @@ def verified_jobs(
 def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Session) -> Report:
     jobs, report = verified_jobs(benchmark, case, session.device, settings.providers)
     calls = {name: job.pieces for name, job in jobs.items()}
-    peaks = {name: _first_calls(job, session.device, settings) for name, job in jobs.items()}
+    budget_s = benchmark.budget_s if settings.budget_s is None else settings.budget_s
+    budget_s = 0.0 if settings.smoke else budget_s
+    peaks = {name: _first_calls(job, session.device, WARM_UP_SHARE * budget_s) for name, job in jobs.items()}
     samples = interleave(
         calls,
         Clock(session.device, cold=benchmark.cold),
-        budget_s=0.0 if settings.smoke else settings.budget_s,
+        budget_s=budget_s,
         min_rounds=1 if settings.smoke else settings.min_rounds,
         max_rounds=1 if settings.smoke else settings.max_rounds,
         on_round=functools.partial(log.info, "%s %s: round %d", benchmark.op, case.label),
@@ -256,15 +260,15 @@ def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Ses
     return report
 
 
-def _first_calls(job: Job, device: torch.device, settings: Settings) -> int | None:
-    """Warms every piece up; the largest peak of their first calls, bytes (None: unknown, or not the job's)."""
+def _first_calls(job: Job, device: torch.device, warm_up_s: float) -> int | None:
+    """Warms every piece up, by time; the largest peak of their first calls, bytes (None: unknown, or not the job's)."""
     known = []
     for call in job.pieces.values():
         began = time.perf_counter()
         peak = peak_bytes(call, device)
         if peak is not None:
             known.append(peak)
-        warm_up(call, 0.0 if settings.smoke else settings.warm_up_s - (time.perf_counter() - began))
+        warm_up(call, warm_up_s - (time.perf_counter() - began))
     return max(known) if known and job.measure_memory else None
 
 

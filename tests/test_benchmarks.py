@@ -28,7 +28,7 @@ from benchmarks.timing import Clock, interleave, percentile, warm_up
 
 CPU = torch.device("cpu")
 BEYOND_TORCH = ("click", "einops", "ftfy", "matplotlib", "PIL", "pytest_benchmark", "safetensors", "tokenizers", "tqdm")
-QUICK = Settings(warm_up_s=0.0, budget_s=0.0, min_rounds=3)
+QUICK = Settings(budget_s=0.0, min_rounds=3)
 
 
 def provider(name: str, value: float, calls: list[str]) -> Provider:
@@ -206,6 +206,12 @@ def test_rounds_interleave_and_rotate() -> None:
 def test_rounds_go_on_until_the_budget_or_the_limit() -> None:
     jobs = {"a": {"whole": lambda: None}}
     assert len(interleave(jobs, Clock(CPU, cold=False), budget_s=60.0, min_rounds=1, max_rounds=7)["a"]) == 7
+
+
+def test_budget_is_the_benchmarks_unless_a_run_is_given_another() -> None:
+    bench = replace(benchmark_of(provider("slow", 42.0, [])), budget_s=0.0)
+    assert measured(bench, Settings(min_rounds=2)).rows[0]["rounds"] == 2
+    assert measured(bench, Settings(min_rounds=2, max_rounds=9, budget_s=60.0)).rows[0]["rounds"] == 9
 
 
 def test_cold_clock_flushes_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
