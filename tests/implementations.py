@@ -6,23 +6,17 @@ import pytest
 import torch
 
 from dalle_fast import dispatch
-from dalle_fast.ops.sparse_attention import facts
-from dalle_fast.patterns import AttentionPattern
+from dalle_fast.ops.sparse_attention import OP
 
 
 def skip_without(impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 16) -> None:
     """Skips the running test with the sentence that a user gets who asks for `impl` by name."""
-    reason = dispatch.registered()["sparse_attention"][impl].supports(device=device, dtype=dtype, head_dim=head_dim)
+    reason = dispatch.registered()[OP][impl].supports(device=device, dtype=dtype, head_dim=head_dim)
     if reason is not None:
         pytest.skip(reason.removeprefix("missing: "))
 
 
 def auto_takes(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     """Until the test ends, sparse_attention with impl="auto" runs on `impl` or raises."""
-    only = {impl: dispatch.registered()["sparse_attention"][impl]}
-    monkeypatch.setitem(dispatch._OPS, "sparse_attention", only)
-
-
-def runs_on(q: torch.Tensor, pattern: AttentionPattern) -> str:
-    """What impl="auto" takes for q."""
-    return dispatch.choose("sparse_attention", **facts(q, pattern)).name
+    only = {impl: dispatch.registered()[OP][impl]}
+    monkeypatch.setitem(dispatch._OPS, OP, only)
