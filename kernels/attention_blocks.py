@@ -4,11 +4,20 @@ Positions are int32, -1 where a tile or block is not full: such rows load as zer
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def unspecialised(*names: str) -> Callable:
+    """Above @triton.jit: the same code for every value of these arguments. Triton would compile anew for each length,
+    batch or table that is 1 or starts being a multiple of 16.
+    """
+    return lambda kernel: triton.jit(kernel.fn, do_not_specialize=names)
 
 
 @triton.jit

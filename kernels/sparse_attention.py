@@ -36,6 +36,7 @@ from dalle_fast.kernels.attention_blocks import (
     may_attend,
     power,
     turn,
+    unspecialised,
 )
 from dalle_fast.kernels.attention_tiles import key_tiles, query_tiles
 from dalle_fast.kernels.sparse_attention_arguments import (
@@ -102,6 +103,7 @@ def _visit(
     return acc, new_max, row_sum
 
 
+@unspecialised("mask_stride_b", "n_masked", "n_tiles", "n_heads", "n")
 @triton.jit
 def _sparse_attention_fwd(
     q_ptr,

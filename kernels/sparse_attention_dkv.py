@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from dalle_fast.kernels.attention_blocks import in_exponent, legal, load_rows, load_turns, power, turn
+from dalle_fast.kernels.attention_blocks import in_exponent, legal, load_rows, load_turns, power, turn, unspecialised
 from dalle_fast.kernels.attention_tiles import KeyTiles
 from dalle_fast.kernels.sparse_attention_arguments import Shared, row_strides
 from dalle_fast.kernels.sparse_attention_sizes import Sizes
@@ -61,6 +61,7 @@ def _visit_queries(
     return dk, dv
 
 
+@unspecialised("mask_stride_b", "n_masked", "n_items", "n_slots", "n_heads", "n")
 @triton.jit
 def _sparse_attention_bwd_keys(
     q_ptr,
@@ -191,6 +192,7 @@ def _store_key_gradients(
     tl.store(dv_ptr + position * stride_dv_n + offs_d, dv.to(dv_ptr.dtype.element_ty), mask=key[:, None] >= 0)
 
 
+@unspecialised("n_splits", "n_slots", "n_heads")
 @triton.jit
 def _sum_parts(
     parts_ptr,

@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dalle_fast.kernels.attention_blocks import in_exponent, legal, load_rows, load_turns, may_attend, power, turn
+from dalle_fast.kernels.attention_blocks import (
+    in_exponent,
+    legal,
+    load_rows,
+    load_turns,
+    may_attend,
+    power,
+    turn,
+    unspecialised,
+)
 from dalle_fast.kernels.attention_tiles import QueryTiles
 from dalle_fast.kernels.sparse_attention_arguments import Shared, row_strides
 from dalle_fast.kernels.sparse_attention_sizes import Sizes
@@ -55,6 +64,7 @@ def _visit_keys(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
+@unspecialised("mask_stride_b", "n_masked", "n_tiles", "n_heads", "n")
 @triton.jit
 def _sparse_attention_bwd_queries(
     q_ptr,
@@ -128,8 +138,6 @@ def _sparse_attention_bwd_queries(
         keyless = tl.sum(tl.where((lse == float("inf"))[:, None], do.to(tl.float32), 0.0), axis=0)
         tl.store(keyless_ptr + (batch_head * n_tiles + tile) * HEAD_DIM + offs_d, keyless)
 
-    # Again, after a store: a tile that is summed by rows and multiplied, too, lies in registers twice.
-    do = load_rows(do_ptr, query, do_strides[2], HEAD_DIM, True)
     query_turns = load_turns(turn_ptr, query, HEAD_DIM, ROTARY, True)
     q = turn(load_rows(q_ptr, query, q_strides[2], HEAD_DIM, True), query_turns, ROTARY, False)
     factor, shift = in_exponent(scale, q.dtype), in_exponent(lse, q.dtype)

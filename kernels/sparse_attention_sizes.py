@@ -46,8 +46,8 @@ ALL = SMALL + LARGE
 TABLE = (
     Row(SMALL, 16, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
     Row(SMALL, 32, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
-    Row(SMALL, 64, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
-    Row(SMALL, 128, 2, Launch(Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 1), Sizes(64, 32, 8, 1), 8, True), NOT_MEASURED),
+    Row(SMALL, 64, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 8, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
+    Row(SMALL, 128, 2, Launch(Sizes(64, 32, 8, 2), Sizes(64, 32, 8, 1), Sizes(64, 32, 8, 1), 8, True), NOT_MEASURED),
     Row(LARGE, 16, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
     Row(LARGE, 32, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
     Row(LARGE, 64, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
