@@ -42,7 +42,7 @@ class _PatternAttention(nn.Module):
         Returns: [B, N, dim].
         """
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # each [B, H, N, D]
         rotary = None if rotary_pos_emb is None else rotary_pos_emb.flatten(0, -2)
         out = self._attend(q, k, v, mask, rotary)
         return self.to_out(out.transpose(1, 2).flatten(2))

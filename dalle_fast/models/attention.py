@@ -53,15 +53,17 @@ class Attention(nn.Module):
         self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """x [B, N, C] -> [B, N, C]; `mask` is the key mask, `rotary` the raw angles of every position."""
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D]
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.dim_head))  # [B, N, 3, H, D]
         if cache is None:
-            q, k, v = qkv
+            # Unbound as they lie: the backward pass then puts the three gradients together in one copy, in that order.
+            q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
             out = sparse_attention(q, k, v, pattern=self.pattern, key_mask=mask, stable=self.stable, rotary=rotary)
         else:
-            out = self._cached(qkv, rotary, cache)
+            out = self._cached(qkv.permute(2, 0, 3, 1, 4), rotary, cache)
         return self.dropout(self.to_out(out.transpose(1, 2).flatten(2)))
 
     def _cached(self, qkv: Tensor, rotary: Tensor | None, cache: LayerCache) -> Tensor:
+        """qkv [3, B, H, N, D], N positions behind the cache's -> [B, H, N, D]."""
         start, n = cache.offset, qkv.shape[3]
         if rotary is not None:
             qkv = turn_pairs(qkv, cache.state.turns(rotary, qkv.dtype)[start : start + n])
