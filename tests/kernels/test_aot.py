@@ -68,7 +68,7 @@ def test_representative_slice_compiles_to_what_is_kept():
 
 
 @pytest.mark.long
-def test_every_case_compiles_to_what_is_kept_for_one_target():
+def test_every_kernel_compiles_to_what_is_kept_for_each_target():
     check(in_own_process("--in-turn"))
 
 

@@ -16,7 +16,7 @@ or lets the launchers themselves say what they launch:
 In the folder tests/:
 
     python -m triton_tools.ahead_of_time              every case for each of its targets; a JSON line each
-    python -m triton_tools.ahead_of_time --in-turn    every case for one target
+    python -m triton_tools.ahead_of_time --in-turn    every kernel for each target, with one case
     python -m triton_tools.ahead_of_time --slice      a representative few
     python -m triton_tools.ahead_of_time --list       what would be compiled
 
@@ -141,11 +141,11 @@ def representative(todo: Iterable[Task]) -> list[Task]:
 
 
 def in_turn(todo: Iterable[Task]) -> list[Task]:
-    """Every case once, for another of its targets than the case before it."""
-    by_case: dict[tuple[str, str], list[Task]] = {}
+    """Every kernel once for each of its targets, each time with the next of its cases."""
+    groups: dict[tuple[str, int], list[Task]] = {}
     for task in todo:
-        by_case.setdefault((task.kernel, task.case), []).append(task)
-    return [members[i % len(members)] for i, members in enumerate(by_case.values())]
+        groups.setdefault((task.kernel, task.target), []).append(task)
+    return [members[i % len(members)] for i, members in enumerate(groups.values())]
 
 
 def compile_all(todo: Sequence[Task], processes: int = PROCESSES) -> Iterator[Outcome]:
@@ -250,7 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", action="append", metavar="MODULE", help="a module with aot_cases(); default: all")
     parser.add_argument("--slice", action="store_true", help="a representative few")
-    parser.add_argument("--in-turn", action="store_true", help="every case for one of its targets")
+    parser.add_argument("--in-turn", action="store_true", help="every kernel for each target, with one case")
     parser.add_argument("--stdin", action="store_true", help="what standard input names, in the lines of --list")
     parser.add_argument("--list", action="store_true", help="say what would be compiled, compile nothing")
     arguments = parser.parse_args()
