@@ -27,12 +27,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def launched_kernels() -> set[str]:
-    """The functions that kernels/*.py launch: `name[grid](...)`, `name` decorated with triton.jit."""
+    """The functions that kernels/*.py launch: `name[grid](...)`, `name` decorated with triton.jit, bare or called."""
     launched, kernels = set(), set()
     for path in KERNELS.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
-                kernels.add(node.name)
+            if isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list]
+                kernels |= {node.name} if "triton.jit" in decorators else set()
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launched.add(ast.unparse(node.func.value))
     return launched & kernels

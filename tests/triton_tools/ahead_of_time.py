@@ -27,11 +27,13 @@ unset: what a kernel is, is decided when its module is imported.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +56,7 @@ CACHE = TESTS.parent / "build" / "triton"  # of Triton's own, which looks kernel
 TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities, sm_80 ...
 SLICE_TARGETS = {True: 90, False: 80}  # with 16-bit operands, without: warp groups here, single warps there
 PROCESSES = 2
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: a signal to get when the parent dies
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,25 @@ def compile_all(todo: Sequence[Task], processes: int = PROCESSES) -> Iterator[Ou
         return
     # A fresh interpreter each: Triton and LLVM keep state that a fork would share.
     context = multiprocessing.get_context("spawn")
-    one_thread = functools.partial(torch.set_num_threads, 1)
-    with ProcessPoolExecutor(min(processes, len(todo)), context, one_thread) as pool:
+    with ProcessPoolExecutor(min(processes, len(todo)), context, _begin_worker) as pool:
         yield from pool.map(compile_task, todo)
 
 
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    # A pool whose parent is killed would wait for work forever.
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError("prctl(PR_SET_PDEATHSIG) failed")
+
+
 def compile_task(task: Task) -> Outcome:
-    """Compiles one case for one target and asks the gates."""
+    """Compiles one case for one target and asks the gates.
+
+    Raises: RuntimeError (the code is no longer what the task was listed for).
+    """
     [case] = [case for case in _load(task.module) if (case.kernel_name, case.name) == (task.kernel, task.case)]
+    if case.digest != task.digest:
+        raise RuntimeError(f"{task.kernel}, {task.case}: its code changed after it was listed. Start again.")
     before = time.perf_counter()
     resources = read(compile_case(case, task.target), task.target)
     seconds = time.perf_counter() - before

@@ -14,6 +14,7 @@ from triton_tools.ahead_of_time import (
     AotCase,
     Task,
     compile_case,
+    compile_task,
     in_own_process,
     in_turn,
     representative,
@@ -170,6 +171,12 @@ def test_in_turn_has_every_kernel_and_target_once_and_another_case_each_time(som
         ("_bwd", "bf16", 86),
         ("_bwd", "bf16", 90),
     ]
+
+
+def test_code_that_changed_since_it_was_listed_is_not_compiled(some_cases):
+    task = next(tasks(["some"]))
+    with pytest.raises(RuntimeError, match="_fwd, bf16: its code changed after it was listed"):
+        compile_task(replace(task, digest="another"))
 
 
 def test_cases_of_one_name_are_an_error(some_cases):
