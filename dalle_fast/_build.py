@@ -103,7 +103,7 @@ def _instruction_sets(emulate_amx: bool) -> dict[str, list[str]]:
     sets = dict(INSTRUCTION_SETS)
     if emulate_amx:
         sets["amx"] = _AVX512
-    elif not _compiler_takes(sets["amx"]):  # GCC before 11
+    elif not _knows_amx(sets["amx"]):  # GCC before 11, binutils before 2.36
         del sets["amx"]
     return sets
 
@@ -146,9 +146,10 @@ def _compiler() -> list[str]:
     return command
 
 
-def _compiler_takes(flags: Sequence[str]) -> bool:
-    command = [*_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+def _knows_amx(flags: Sequence[str]) -> bool:
+    """The compiler takes the flags, and its assembler an instruction."""
+    command = [*_compiler(), *flags, "-x", "c++", "-", "-c", "-o", os.devnull]
+    return subprocess.run(command, input=b'asm("tilerelease");', capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

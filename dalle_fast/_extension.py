@@ -11,7 +11,7 @@ import os
 
 from dalle_fast import _build
 
-ISA_VARIABLE = "DALLE_FAST_ISA"  # baseline, avx2 or avx512: overrides the choice by processor
+ISA_VARIABLE = "DALLE_FAST_ISA"  # baseline, avx2, avx512 or amx: overrides the choice by processor
 OFF_VARIABLE = "DALLE_FAST_NO_EXTENSION"  # 1: as if the extension had not been built
 
 _I32, _U32, _I64, _POINTER = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_void_p

@@ -78,8 +78,15 @@ static inline Halves to_bfloat16(Vec x) {
 
 #else
 
+// GCC's intrinsics read memory without saying so: without this, it may leave out or put off what was written there.
+static inline void settle(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
 #define tile_zero(tile) _tile_zero(tile)
-#define tile_load(tile, from, stride_bytes) _tile_loadd(tile, from, stride_bytes)
+#define tile_load(tile, from, stride_bytes)  \
+  do {                                       \
+    settle(from);                            \
+    _tile_loadd(tile, (from), stride_bytes); \
+  } while (0)
 #define tile_store(tile, to, stride_bytes) _tile_stored(tile, to, stride_bytes)
 #define tile_dpbf16(c, a, b) _tile_dpbf16ps(c, a, b)
 
@@ -91,7 +98,9 @@ static inline void configure_tiles() {
   } config;
   static_assert(sizeof(config) == 64, "what LDTILECFG reads");
   for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = kTileBytes, config.rows[tile] = kTileRows;
+  settle(&config);
   _tile_loadconfig(&config);
+  settle(&config);
 }
 static inline void release_tiles() { _tile_release(); }
 

@@ -70,7 +70,7 @@ struct Prepared {
   }
 };
 
-// The rows of k or v at positions begin .. end - 1, and zeros behind the last of all.
+// The rows of k or v at positions begin .. end - 1.
 void prepare_rows(const Head& head, const Heads& heads, int64_t begin, int64_t end, BFloat16* rows) {
   const SparseAttention& op = head.op;
   for (int64_t position = begin; position < end; ++position) {
@@ -83,8 +83,6 @@ void prepare_rows(const Head& head, const Heads& heads, int64_t begin, int64_t e
       store_row_vector(rows + position * head.width + d, load(piece));
     }
   }
-  const int64_t missing = end == op.n ? whole_squares(end) - end : 0;
-  memset(rows + end * head.width, 0, sizeof(BFloat16) * missing * head.width);
 }
 
 // A product makes sums for keys and lanes that a block was filled up with: they weigh nothing.
@@ -151,7 +149,8 @@ Prepared read_prepared(const SparseAttention& op, const float* k, const float* v
   return prepared;
 }
 
-// Positions begin .. end - 1 of k and v, by rows both, by columns the one that the pass multiplies from that side.
+// Positions begin .. end - 1 of k and v, by rows both, by columns the one that the pass multiplies from that side. Whatever
+// lies behind the last position is transposed with it and never used.
 void prepare(const Head& head, int64_t begin, int64_t end, bool columns_of_v, float* k, float* v) {
   BFloat16* keys = reinterpret_cast<BFloat16*>(k);
   BFloat16* values = reinterpret_cast<BFloat16*>(v);
