@@ -10,12 +10,18 @@
 
 namespace dalle_fast {
 
+#if defined(DALLE_FAST_HAS_AMX)
+namespace amx {
+bool tiles_multiply();  // sparse_attention_amx_kernel.cpp: whether they do, on this processor, as amx.h has it
+}
+#endif
+
 namespace {
 
 // Matrix tiles for bfloat16, and the permission to use them.
 bool has_tiles() {
 #if defined(DALLE_FAST_EMULATE_AMX)
-  return true;
+  return amx::tiles_multiply();
 #elif defined(DALLE_FAST_HAS_AMX) && defined(__linux__)
   // By cpuid: older compilers' __builtin_cpu_supports knows none of the three.
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
@@ -24,8 +30,8 @@ bool has_tiles() {
   if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & kAvx512Bf16)) return false;
   // Linux reserves room for a thread's tiles only where its process asked.
   constexpr long kArchRequestPermission = 0x1023, kTileData = 18;
-  static const bool permitted = syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
-  return permitted;
+  static const bool granted = syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0 && amx::tiles_multiply();
+  return granted;
 #else
   return false;
 #endif

@@ -255,5 +255,33 @@ void sparse_attention_backward(const SparseAttention& op, int64_t batch, int64_t
   write_key_gradients(head, unseen, dk, dv);
 }
 
+bool tiles_multiply() {
+  BFloat16 a[kSquare * kSquare];
+  uint32_t b[kSquare / 2 * kSquare];
+  float c[kSquare * kSquare];
+  // Small integers: exact in any order. By rows of a, and of b, which has two in a pair.
+  const auto left = [](int64_t i, int64_t k) { return static_cast<float>((3 * i + 5 * k) % 17 - 8); };
+  const auto right = [](int64_t k, int64_t j) { return static_cast<float>((7 * k + 2 * j) % 13 - 6); };
+  for (int64_t i = 0; i < kSquare; ++i) {
+    for (int64_t k = 0; k < kSquare; ++k) a[i * kSquare + k].bits = static_cast<uint16_t>(to_bits(left(i, k)) >> 16);
+  }
+  for (int64_t k = 0; k < kSquare; k += 2) {
+    for (int64_t j = 0; j < kSquare; ++j) {
+      b[k / 2 * kSquare + j] = to_bits(right(k, j)) >> 16 | (to_bits(right(k + 1, j)) & 0xFFFF0000);
+    }
+  }
+  const HeldTiles held;
+  multiply_on_tiles<false>(a, kSquare, b, kSquare, kSquare, c, kSquare, kSquare, kSquare);
+  multiply_on_tiles<true>(a, kSquare, b, kSquare, kSquare, c, kSquare, kSquare, kSquare);
+  for (int64_t i = 0; i < kSquare; ++i) {
+    for (int64_t j = 0; j < kSquare; ++j) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < kSquare; ++k) sum += left(i, k) * right(k, j);
+      if (c[i * kSquare + j] != 2 * sum) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast
