@@ -50,12 +50,12 @@ TABLE = (
     Row(SMALL, 128, 2, Launch(Sizes(64, 32, 8, 2), Sizes(64, 32, 8, 1), Sizes(64, 32, 8, 1), 8, True), NOT_MEASURED),
     Row(LARGE, 16, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
     Row(LARGE, 32, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
-    Row(LARGE, 64, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
+    Row(LARGE, 64, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2), 8, True), NOT_MEASURED),
     Row(LARGE, 128, 2, Launch(Sizes(128, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 1), 8, True), NOT_MEASURED),
-    Row(ALL, 16, 4, Launch(Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
-    Row(ALL, 32, 4, Launch(Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
+    Row(ALL, 16, 4, Launch(Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1), Sizes(32, 32, 8, 1), 8, False), NOT_MEASURED),
+    Row(ALL, 32, 4, Launch(Sizes(32, 32, 8, 1), Sizes(32, 32, 4, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
     Row(ALL, 64, 4, Launch(Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
-    Row(ALL, 128, 4, Launch(Sizes(32, 32, 8, 1), Sizes(16, 16, 8, 1), Sizes(32, 32, 8, 1), 8, False), NOT_MEASURED),
+    Row(ALL, 128, 4, Launch(Sizes(32, 16, 8, 1), Sizes(16, 16, 8, 1), Sizes(16, 16, 8, 1), 8, False), NOT_MEASURED),
 )
 
 
