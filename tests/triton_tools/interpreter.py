@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import triton.language as tl
 from triton.runtime import autotuner
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
@@ -25,6 +26,7 @@ def install() -> None:
     bfloat16.install()
     guard.install()
     _enable_device_assert()
+    _patch_language_once_a_launch()
     _unwrap_errors()
     autotuner.Autotuner.do_bench = property(_benchmark_nothing)
 
@@ -33,6 +35,28 @@ def _enable_device_assert() -> None:
     """The interpreter's options say debug=False whatever TRITON_DEBUG says."""
     builder = triton_interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True)
+
+
+def _patch_language_once_a_launch() -> None:
+    """Every call of a device function would put the interpreted tl.* into place again: a third of a test's time."""
+    patch, execute = triton_interpreter._patch_lang, triton_interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_what_is_not(function: Callable) -> Any:
+        languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if languages and languages <= patched:
+            return triton_interpreter._LangPatchScope()
+        patched.update(languages)
+        return patch(function)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        try:
+            execute(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    triton_interpreter._patch_lang, triton_interpreter.GridExecutor.__call__ = patch_what_is_not, run
 
 
 def _unwrap_errors() -> None:
