@@ -12,13 +12,29 @@
 namespace dalle_fast {
 namespace {
 
-// On a cache line's bounds: a vector that crosses them costs two accesses.
-struct Free {
-  void operator()(float* memory) const { operator delete[](memory, std::align_val_t{64}); }
+// Memory of one thread, kept from call to call: fresh pages cost more than what is done with them. On a cache line's bounds: a
+// vector that crosses them costs two accesses.
+class Scratch {
+ public:
+  float* take(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset();
+      memory_.reset(new (std::align_val_t{64}) float[floats]);
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { operator delete[](memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float[], Free> memory_;
+  int64_t size_ = 0;
 };
-std::unique_ptr<float[], Free> scratch_memory(int64_t floats) {
-  return std::unique_ptr<float[], Free>(new (std::align_val_t{64}) float[floats]);
-}
+
+thread_local Scratch of_heads;  // prepared keys and values, in the thread that calls
+thread_local Scratch of_tasks;
 
 constexpr int64_t kSpan = 128;  // positions prepared by one work item
 
@@ -59,7 +75,8 @@ int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* o
   const Kernels kernels = kernels_of(*op);
   const int64_t heads = op->batch * op->heads, tiles = op->lists.tiles;
   const int64_t at_once = std::min(heads, op->threads), prepared = kernels.prepared;
-  const auto keys = scratch_memory(at_once * prepared), values = scratch_memory(at_once * prepared);
+  float* const keys = of_heads.take(2 * at_once * prepared);
+  float* const values = keys + at_once * prepared;
   const int64_t spans = (op->n + kSpan - 1) / kSpan;
   for (int64_t first = 0; first < heads; first += at_once) {
     const int64_t count = std::min(at_once, heads - first);
@@ -67,18 +84,18 @@ int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* o
       for (int64_t item = begin; item < end; ++item) {
         const int64_t slot = item / spans, head = first + slot, start = item % spans * kSpan;
         kernels.prepare(*op, head / op->heads, head % op->heads, start, std::min(start + kSpan, op->n),
-                        keys.get() + slot * prepared, values.get() + slot * prepared);
+                        keys + slot * prepared, values + slot * prepared);
       }
     });
     if (status != 0) return status;
     status = parallel_tasks(count * tiles, [&](auto next) {
-      const auto scratch = scratch_memory(kernels.forward_scratch);
+      float* const scratch = of_tasks.take(kernels.forward_scratch);
       for (int64_t task; (task = next()) >= 0;) {
         const int64_t slot = task % count, head = first + slot;
         // Late tiles of the full pattern have the most keys: they go first, so that no thread waits for one at the end.
         const int64_t tile = tiles - 1 - task / count;
-        kernels.forward(*op, head / op->heads, head % op->heads, tile, keys.get() + slot * prepared,
-                        values.get() + slot * prepared, scratch.get());
+        kernels.forward(*op, head / op->heads, head % op->heads, tile, keys + slot * prepared,
+                        values + slot * prepared, scratch);
       }
     });
     if (status != 0) return status;
@@ -90,9 +107,9 @@ int32_t dalle_fast_sparse_attention_backward(const dalle_fast::SparseAttention* 
   using namespace dalle_fast;
   const Kernels kernels = kernels_of(*op);
   return parallel_tasks(op->batch * op->heads, [&](auto next) {
-    const auto scratch = scratch_memory(kernels.backward_scratch);
+    float* const scratch = of_tasks.take(kernels.backward_scratch);
     for (int64_t head; (head = next()) >= 0;) {
-      kernels.backward(*op, head / op->heads, head % op->heads, scratch.get());
+      kernels.backward(*op, head / op->heads, head % op->heads, scratch);
     }
   });
 }
