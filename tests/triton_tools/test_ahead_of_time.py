@@ -21,7 +21,7 @@ from triton_tools.ahead_of_time import (
     tasks,
 )
 from triton_tools.compiled import Resources, count_instructions, dots_of
-from triton_tools.gates import SHARED_LIMIT, STACK_LIMIT, problems
+from triton_tools.gates import SHARED_LIMIT, SPILL_LIMIT, STACK_LIMIT, problems
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -71,14 +71,16 @@ def test_what_does_not_compile_is_an_error():
 
 def test_good_resources_pass():
     assert problems(GOOD, sixteen_bit=True) == []
-    assert problems(replace(GOOD, stack_bytes=STACK_LIMIT), sixteen_bit=True) == []
+    at_limit = replace(GOOD, stack_bytes=STACK_LIMIT, spill_store_bytes=SPILL_LIMIT, spill_load_bytes=SPILL_LIMIT)
+    assert problems(at_limit, sixteen_bit=True) == []
 
 
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
         ({"stack_bytes": STACK_LIMIT + 8}, "spills"),
-        ({"spill_store_bytes": STACK_LIMIT + 4}, "spills"),
+        ({"spill_store_bytes": SPILL_LIMIT + 4}, "spills"),
+        ({"spill_load_bytes": SPILL_LIMIT + 4}, "spills"),
         ({"shared_bytes": SHARED_LIMIT[80] + 1}, "shared memory"),
         ({"dots": [("bf16", "ieee"), ("f32", "tf32")]}, "TF32"),
         ({"tf32": 1}, "TF32"),
