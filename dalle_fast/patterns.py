@@ -178,11 +178,17 @@ def _paper_conv(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor
 
 
 def _block_sparse(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
-    blocks = torch.tensor(dict(pattern.options)["layout"], dtype=torch.bool, device=query.device)
+    blocks = _block_layout(pattern).to(query.device)
     block = _number(pattern, "block")
     # the layout covers the inputs; the last position, never an input, counts to the last block
     query_block, key_block = (torch.clamp(p // block, max=len(blocks) - 1) for p in (query, key))
     return (key <= query) & blocks[query_block, key_block]
+
+
+@lru_cache(maxsize=64)
+def _block_layout(pattern: AttentionPattern) -> Tensor:
+    """bool [n_blocks, n_blocks]; kept, since a predicate is asked once a tile."""
+    return torch.tensor(dict(pattern.options)["layout"], dtype=torch.bool)
 
 
 _PREDICATES: dict[str, Rule] = {
