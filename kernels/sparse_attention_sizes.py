@@ -44,9 +44,9 @@ LARGE = (90, 100, 110)
 ALL = SMALL + LARGE
 
 TABLE = (
-    Row(SMALL, 16, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
-    Row(SMALL, 32, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
-    Row(SMALL, 64, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 8, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
+    Row(SMALL, 16, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 2), 8, True), NOT_MEASURED),
+    Row(SMALL, 32, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 32, 4, 2), Sizes(64, 32, 8, 2), 8, True), NOT_MEASURED),
+    Row(SMALL, 64, 2, Launch(Sizes(128, 32, 8, 2), Sizes(64, 32, 8, 2), Sizes(64, 32, 4, 2), 8, True), NOT_MEASURED),
     Row(SMALL, 128, 2, Launch(Sizes(64, 32, 8, 2), Sizes(64, 32, 8, 1), Sizes(64, 32, 8, 1), 8, True), NOT_MEASURED),
     Row(LARGE, 16, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
     Row(LARGE, 32, 2, Launch(Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2), 8, True), NOT_MEASURED),
@@ -54,7 +54,7 @@ TABLE = (
     Row(LARGE, 128, 2, Launch(Sizes(128, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 1), 8, True), NOT_MEASURED),
     Row(ALL, 16, 4, Launch(Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1), Sizes(32, 32, 8, 1), 8, False), NOT_MEASURED),
     Row(ALL, 32, 4, Launch(Sizes(32, 32, 8, 1), Sizes(32, 32, 4, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
-    Row(ALL, 64, 4, Launch(Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
+    Row(ALL, 64, 4, Launch(Sizes(32, 16, 8, 1), Sizes(32, 32, 8, 1), Sizes(32, 16, 4, 1), 8, False), NOT_MEASURED),
     Row(ALL, 128, 4, Launch(Sizes(32, 16, 8, 1), Sizes(16, 16, 8, 1), Sizes(16, 16, 8, 1), 8, False), NOT_MEASURED),
 )
 
