@@ -46,7 +46,7 @@ test: build
 	@$(RUN) -m pytest -m "not long and not gpu" -q --durations=10
 
 test-long: build
-	@echo "make test-long: about 6 minutes on two cores."
+	@echo "make test-long: about 12 minutes on two cores."
 	@$(RUN) -m pytest -m "long and not gpu" -q --durations=10
 	@echo "make test-long: once more what make test proves, with extension and Triton blocked."
 	@DALLE_FAST_TEST_BARE=1 $(RUN) -m pytest -m "not long and not gpu" -q

@@ -15,10 +15,9 @@ or lets the launchers themselves say what they launch:
 
 In the folder tests/:
 
-    python -m triton_tools.ahead_of_time              every case for each of its targets; a JSON line each
-    python -m triton_tools.ahead_of_time --in-turn    every kernel for each target, with one case
-    python -m triton_tools.ahead_of_time --slice      a representative few
-    python -m triton_tools.ahead_of_time --list       what would be compiled
+    python -m triton_tools.ahead_of_time            every case for each of its targets; a JSON line each
+    python -m triton_tools.ahead_of_time --slice    a representative few
+    python -m triton_tools.ahead_of_time --list     what would be compiled
 
 The exit status is 1 where a gate of `triton_tools.gates` says no. It must be a process of its own, TRITON_INTERPRET
 unset: what a kernel is, is decided when its module is imported.
@@ -143,14 +142,6 @@ def representative(todo: Iterable[Task]) -> list[Task]:
     return list(first.values())
 
 
-def in_turn(todo: Iterable[Task]) -> list[Task]:
-    """Every kernel once for each of its targets, each time with the next of its cases."""
-    groups: dict[tuple[str, int], list[Task]] = {}
-    for task in todo:
-        groups.setdefault((task.kernel, task.target), []).append(task)
-    return [members[i % len(members)] for i, members in enumerate(groups.values())]
-
-
 def compile_all(todo: Sequence[Task], processes: int = PROCESSES) -> Iterator[Outcome]:
     """Compiles in several processes; outcomes come in the order of `todo`."""
     if not todo:
@@ -264,7 +255,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", action="append", metavar="MODULE", help="a module with aot_cases(); default: all")
     parser.add_argument("--slice", action="store_true", help="a representative few")
-    parser.add_argument("--in-turn", action="store_true", help="every kernel for each target, with one case")
     parser.add_argument("--stdin", action="store_true", help="what standard input names, in the lines of --list")
     parser.add_argument("--list", action="store_true", help="say what would be compiled, compile nothing")
     arguments = parser.parse_args()
@@ -276,8 +266,8 @@ def main() -> int:
         todo = [Task(**json.loads(line)) for line in sys.stdin]
     else:
         todo = list(tasks(arguments.cases or case_modules()))
-    if arguments.slice or arguments.in_turn:
-        todo = representative(todo) if arguments.slice else in_turn(todo)
+    if arguments.slice:
+        todo = representative(todo)
     if arguments.list:
         for task in todo:
             print(json.dumps(asdict(task)))

@@ -16,7 +16,6 @@ from triton_tools.ahead_of_time import (
     compile_case,
     compile_task,
     in_own_process,
-    in_turn,
     representative,
     tasks,
 )
@@ -158,19 +157,6 @@ def test_slice_has_every_kernel_with_and_without_sixteen_bit_operands(some_cases
     assert chosen(representative(tasks(["some"]))) == [
         ("_fwd", "bf16", 90),
         ("_fwd", "fp32", 80),
-        ("_bwd", "bf16", 90),
-    ]
-
-
-def test_in_turn_has_every_kernel_and_target_once_and_another_case_each_time(some_cases):
-    assert chosen(in_turn(tasks(["some"]))) == [
-        ("_fwd", "bf16", 80),
-        ("_fwd", "fp16", 86),
-        ("_fwd", "bf16", 89),
-        ("_fwd", "fp16", 90),
-        ("_fwd", "bf16", 100),
-        ("_fwd", "fp16", 120),
-        ("_bwd", "bf16", 86),
         ("_bwd", "bf16", 90),
     ]
 
