@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
 Supports = Callable[..., str | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Implementation:
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
+
+
+def constant(function: Callable[[], T]) -> Callable[[], T]:
+    """Marks what a `supports` function asks of the machine: torch.compile runs it while it traces and keeps the answer.
+
+    torch.compiler.assume_constant_result does the same, but imports torch._dynamo, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _no_objection(**facts: object) -> str | None:

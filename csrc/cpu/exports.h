@@ -27,3 +27,7 @@ DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int6
 // All tensors of the call and its tile lists: sparse_attention.h.
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* op);
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_backward(const dalle_fast::SparseAttention* op);
+
+// nearest [n]: for each row of x [n, width] the index of the nearest row of codebook [codes, width].
+DALLE_FAST_EXPORT int32_t dalle_fast_nearest_code(const float* x, int64_t n, int64_t width, const float* codebook,
+                                                  int64_t codes, int64_t* nearest);

@@ -23,6 +23,14 @@ struct ScatteredRows {
   float* operator()(int64_t row) const { return rows[row]; }
 };
 
+// What is summed over k: products, or squared differences.
+struct Products {
+  static Vec join(Vec left, Vec right, Vec sum) { return multiply_add(left, right, sum); }
+};
+struct SquaredDifferences {
+  static Vec join(Vec left, Vec right, Vec sum) { return multiply_add(left - right, left - right, sum); }
+};
+
 // What becomes of a product: it replaces the result, is added to it, or to it with every column j times factors[j]. Added at
 // the end: a sum of few sums is more exact than one long sum.
 struct Replace {
@@ -38,9 +46,9 @@ struct AddToScaled {
   }
 };
 
-// c[i][j] = sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], or what `put` makes of it, for kRows rows i and
+// c[i][j] = sum over k of a[i * a_row + k * a_step] joined with b[k * b_step + j], or what `put` makes of it, for kRows rows i and
 // kGroups groups of columns j from `column` on.
-template <int kRows, int kGroups, class Put, class C>
+template <class Terms, int kRows, int kGroups, class Put, class C>
 static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                                  int64_t steps, const Put& put, const C& c, int64_t row, int64_t column) {
   constexpr int kVectors = kGroups * kVectorsInGroup;
@@ -54,7 +62,7 @@ static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
     for (int i = 0; i < kRows; ++i) {
       const Vec left = broadcast(a[i * a_row + k * a_step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = Terms::join(left, right[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -67,17 +75,17 @@ static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
   }
 }
 
-template <int kRows, int kGroups, class Put, class C>
+template <class Terms, int kRows, int kGroups, class Put, class C>
 static inline void multiply_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                                  int64_t steps, const Put& put, const C& c, int64_t rows, int64_t column) {
   for (int64_t row = 0; row < rows; row += kRows) {
-    multiply_tile<kRows, kGroups>(a + row * a_row, a_row, a_step, b, b_step, steps, put, c, row, column);
+    multiply_tile<Terms, kRows, kGroups>(a + row * a_row, a_row, a_step, b, b_step, steps, put, c, row, column);
   }
 }
 
 // The same for any number of rows and groups. Rows are computed in twos, sixes or eights: up to 7 rows of `a` and `c` behind
 // the last are read and written.
-template <class Put, class C>
+template <class Terms = Products, class Put, class C>
 static inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
                             const Put& put, const C& c, int64_t rows, int64_t groups) {
   for (int64_t group = 0; group < groups; group += kMaxGroups) {
@@ -85,20 +93,20 @@ static inline void multiply(const float* a, int64_t a_row, int64_t a_step, const
 #if defined(__AVX512F__)
     switch (groups - group) {
       case 1:
-        multiply_rows<8, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
+        multiply_rows<Terms, 8, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
         break;
       case 2:
-        multiply_rows<8, 2>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
+        multiply_rows<Terms, 8, 2>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
         break;
       case 3:
-        multiply_rows<8, 3>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
+        multiply_rows<Terms, 8, 3>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
         break;
       default:
-        multiply_rows<6, 4>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
+        multiply_rows<Terms, 6, 4>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
     }
 #else
     constexpr int kRows = kWidth == 8 ? 6 : 2;
-    multiply_rows<kRows, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
+    multiply_rows<Terms, kRows, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
 #endif
   }
 }

@@ -12,10 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from dalle_fast import _extension, dispatch, patterns
 from dalle_fast.ops.checks import check_one_device, check_one_dtype, dtype_name
 from dalle_fast.patterns import AttentionPattern
 from dalle_fast.reference import sparse_attention as reference
-
-T = TypeVar("T")
 
 OP = "sparse_attention"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,26 +84,15 @@ def facts(q: Tensor, pattern: AttentionPattern) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------ implementations
 
 
-def _constant(function: Callable[[], T]) -> Callable[[], T]:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo here, and Triton with it.
-
-    torch.compile runs such a function while it traces and keeps the answer; it cannot follow it into ctypes.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+_missing_extension = dispatch.constant(_extension.missing)
 
 
-@_constant
-def _missing_extension() -> str | None:
-    return _extension.missing()
-
-
-@_constant
+@dispatch.constant
 def _missing_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "missing: triton is not installed. Install it with torch."
 
 
-@_constant
+@dispatch.constant
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

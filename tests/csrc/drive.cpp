@@ -91,6 +91,17 @@ void drive_sparse_attention(int64_t width, dalle_fast::Element element, bool tur
   expect(call.tensors == once, "a second run gives the same bits");
 }
 
+void drive_nearest_code(int64_t rows, int64_t codes, int64_t width) {
+  std::vector<float> x(rows * width), codebook(codes * width);
+  for (size_t i = 0; i < codebook.size(); ++i) codebook[i] = static_cast<float>(i * 7 % 31);
+  for (int64_t i = 0; i < rows; ++i) std::copy_n(&codebook[i % codes * width], width, &x[i * width]);
+  std::vector<int64_t> nearest(rows, -1);
+  expect(dalle_fast_nearest_code(x.data(), rows, width, codebook.data(), codes, nearest.data()) == 0, "nearest_code");
+  for (int64_t i = 0; i < rows; ++i) {
+    expect(std::equal(&x[i * width], &x[i * width] + width, &codebook[nearest[i] * width]), "a code is nearest to itself");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -101,6 +112,9 @@ int main() {
       expect(dalle_fast_isa() == isa, "the instruction set is the one that was set");
       for (int64_t codes : {0, 1, 3, 4, 31, 32, 33, 2049, 8192}) {
         for (int64_t rows : {0, 1, 3, 17}) drive_gumbel_noise(rows, codes);
+      }
+      for (int64_t codes : {1, 48, 101}) {
+        for (int64_t width : {1, 16, 37}) drive_nearest_code(130, codes, width);
       }
       for (int64_t width : {1, 6, 16, 33, 64}) {
         for (int32_t element : {0, 1, 2}) {

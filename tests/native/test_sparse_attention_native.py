@@ -5,13 +5,10 @@ import torch
 from attention_cases import PATTERNS, make_angles, make_qkv
 from tolerance import check_against_oracle
 
-from dalle_fast import _extension, patterns
+from dalle_fast import patterns
 from dalle_fast.functional import sparse_attention
 from dalle_fast.native.sparse_attention import GROUP, TILE, _tile_lists
 
-missing = _extension.missing()
-needs_extension = pytest.mark.skipif(missing is not None, reason=str(missing))
-INSTRUCTION_SETS = _extension.instruction_sets() if missing is None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGER = [
     patterns.make(name, text_len=75, grid=(11, 26), **options)
@@ -20,14 +17,6 @@ LARGER = [
         *(("paper_conv", {"wrap": "torus"}), ("block_sparse", {"block": 8})),
     ]
 ]
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request):
-    before = _extension.isa()
-    _extension.set_isa(request.param)
-    yield request.param
-    _extension.set_isa(before)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), *LARGER], ids=lambda pattern: pattern.spec[:60])
@@ -55,7 +44,6 @@ def test_little_is_computed_that_the_pattern_does_not_ask_for(name):
     assert computed < 1.25 * int(pattern.dense().sum())
 
 
-@needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("pattern", LARGER, ids=lambda pattern: pattern.name)
 def test_every_instruction_set_is_within_the_oracles_budget(pattern, dtype, isa):
@@ -69,7 +57,6 @@ def test_every_instruction_set_is_within_the_oracles_budget(pattern, dtype, isa)
     check_against_oracle(run("cpu"), run("reference"), make_qkv(2, 4, n, 24), dtype)
 
 
-@needs_extension
 @pytest.mark.parametrize("width", [1, 3, 17, 130])
 def test_every_instruction_set_takes_head_widths_off_its_vectors(width, isa):
     def run(impl):
@@ -79,7 +66,6 @@ def test_every_instruction_set_takes_head_widths_off_its_vectors(width, isa):
         check_against_oracle(run("cpu"), run("reference"), make_qkv(3, 4, 100, width), dtype, backward=False)
 
 
-@needs_extension
 def test_scores_thousands_apart_give_the_value_of_the_largest(isa):
     pattern = LARGER[0]
     q, k, v = make_qkv(1, 1, pattern.length, 16)

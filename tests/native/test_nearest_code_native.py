@@ -1,0 +1,79 @@
+"""nearest_code in C++: every instruction set against the oracle, ties, near-ties, numbers that are none."""
+
+import pytest
+import torch
+
+from dalle_fast.ops.nearest_code import nearest_code
+
+# rows, codes, channels: of one, off the tiles of 64 rows and the blocks of 48 codes, wider than a vector or not
+SIZES = [(1, 1, 1), (3, 2, 5), (65, 49, 16), (130, 500, 17), (64, 96, 130)]
+
+
+def draw(n, k, d, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_small_integers_tie_as_in_the_oracle(sizes, isa):
+    n, k, d = sizes
+    generator = torch.Generator().manual_seed(1)
+    x, codebook = (torch.randint(-2, 3, (rows, d), generator=generator).float() for rows in (n, k))
+    assert torch.equal(nearest_code(x, codebook, impl="cpu"), nearest_code(x, codebook, impl="reference"))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_code_is_the_nearest_wherever_float32_can_tell(sizes, dtype, normalised, isa):
+    x, codebook = (t.to(dtype) for t in draw(*sizes))
+    got = nearest_code(x, codebook, normalised=normalised, impl="cpu")
+    exact = nearest_code(x.double(), codebook.double(), normalised=normalised, impl="reference")
+    if normalised:
+        x, codebook = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (x, codebook))
+    distance = torch.cdist(x.double(), codebook.double()).square()
+    gap = distance.gather(1, got[:, None]) - distance.gather(1, exact[:, None])
+    # D differences and D additions, each rounded once, in either of two distances
+    budget = 4 * sizes[2] * torch.finfo(torch.float32).eps * distance.gather(1, exact[:, None]).clamp(min=1e-3)
+    assert (gap <= budget).all()
+
+
+def test_equal_codes_give_the_first_of_them(isa):
+    x, codebook = draw(100, 20, 24)
+    assert torch.equal(nearest_code(x, codebook.repeat(7, 1), impl="cpu"), nearest_code(x, codebook, impl="cpu"))
+
+
+def test_rows_that_are_not_numbers_take_what_argmin_takes_and_touch_no_other(isa):
+    x, codebook = draw(70, 100, 8)
+    clean = nearest_code(x, codebook, impl="cpu")
+    x[3], x[66, 2] = torch.nan, torch.inf
+    got = nearest_code(x, codebook, impl="cpu")
+    assert got[3] == got[66] == 0
+    others = torch.ones(70, dtype=torch.bool)
+    others[[3, 66]] = False
+    assert torch.equal(got[others], clean[others])
+    codebook[[40, 90], 1] = torch.nan
+    assert (nearest_code(x[others], codebook, impl="cpu") == 40).all()
+
+
+def test_any_strides_any_number_of_threads_and_inputs_stay(isa):
+    x, codebook = draw(300, 200, 12)
+    before, threads = x.clone(), torch.get_num_threads()
+    expected = nearest_code(x, codebook, impl="cpu")
+    apart = x.T.contiguous().T.view(3, 100, 12)
+    try:
+        for n_threads in (1, 2, 4):
+            torch.set_num_threads(n_threads)
+            assert torch.equal(nearest_code(apart, codebook, impl="cpu").flatten(), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(x, before)
+
+
+def test_compiles_in_one_graph_and_keeps_the_operator_rules(isa):
+    x, codebook = draw(5, 7, 3)
+    torch.library.opcheck(torch.ops.dalle_fast.nearest_code, (x, codebook, False))
+    compiled = torch.compile(lambda x: nearest_code(x, codebook) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), nearest_code(x, codebook) + 1)
