@@ -64,6 +64,7 @@ def sparse_attention(
     Numerics: scores and sums in float32, or in float64 for float64 inputs.
     Source: DALLE-pytorch's attention modules; DALL-E paper, appendix B.
     """
+    check_one_device(OP, q=q, k=k, v=v)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(t, torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     _check_tensors(q, k, v, pattern)
@@ -261,7 +262,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -
             " Make one with dalle_fast.patterns.make."
         )
     check_one_dtype(OP, q=q, k=k, v=v)
-    check_one_device(OP, q=q, k=k, v=v)
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
             f"{OP}: q, k, v must be of one shape [B, H, N, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."

@@ -88,6 +88,8 @@ def test_refuses_mixed_devices():
     meta = torch.zeros(2, 1, LENGTH, 4, device="meta")
     expected = "sparse_attention: q, k, v must be on one device, got cpu, meta, cpu. Move them with .to(device)."
     _refused(ValueError, expected, k=meta)
+    # a device that autocast does not know
+    _refused(ValueError, expected.replace("cpu, meta, cpu", "meta, cpu, cpu"), q=meta)
     expected = "sparse_attention: key_mask must be on the device of q, cpu, got meta. Move it with .to(device)."
     _refused(ValueError, expected, key_mask=torch.ones(2, TEXT_LEN, dtype=torch.bool, device="meta"))
     expected = "sparse_attention: rotary must be on the device of q, cpu, got meta. Move it with .to(device)."
