@@ -24,10 +24,23 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.install()
 
 
+MISSING = _extension.missing()
+
+
+@pytest.fixture(params=["baseline"] if MISSING else _extension.instruction_sets())
+def isa(request):
+    """Each instruction set of this machine, in force while the test runs."""
+    if MISSING:
+        pytest.skip(MISSING.removeprefix("missing: "))
+    before = _extension.isa()
+    _extension.set_isa(request.param)
+    yield request.param
+    _extension.set_isa(before)
+
+
 def pytest_report_header() -> list[str]:
     """What this run tests on."""
-    missing = _extension.missing()
-    extension = missing or f"instruction sets {', '.join(_extension.instruction_sets())}; auto takes {_extension.isa()}"
+    extension = MISSING or f"instruction sets {', '.join(_extension.instruction_sets())}; auto takes {_extension.isa()}"
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs"
     return [machine, f"extension: {extension}"]
 

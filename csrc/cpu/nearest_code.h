@@ -6,6 +6,7 @@
 namespace dalle_fast {
 
 constexpr int kCodeBlock = 48;  // codes at once
+constexpr int kCodeRows = kCodeBlock + 8;  // and those behind the last that products compute (product.h)
 constexpr int kCodeTile = 64;   // rows at once, across the lanes
 
 struct NearestCode {
@@ -17,7 +18,7 @@ struct NearestCode {
 };
 
 constexpr int64_t nearest_code_scratch(int64_t width) {
-  return (width + 15) / 16 * 16 * 2 * kCodeTile + kCodeTile * (kCodeBlock + 8) + (kCodeBlock + 8) * width;
+  return (width + 15) / 16 * 16 * 2 * kCodeTile + kCodeTile * kCodeRows + kCodeRows * width;
 }
 
 }  // namespace dalle_fast

@@ -43,7 +43,7 @@ void nearest_code_tile(const NearestCode& op, int64_t tile, float* scratch) {
   float* x_rows = scratch;
   float* x_columns = x_rows + kCodeTile * width;
   float* distances = x_columns + kCodeTile * width;
-  float* last_codes = distances + kCodeTile * (kCodeBlock + 8);
+  float* last_codes = distances + kCodeTile * kCodeRows;
   memset(x_rows, 0, sizeof(float) * kCodeTile * width);
   for (int64_t row = 0; row < rows; ++row) load_row(op.x + (first + row) * op.width, op.width, width, x_rows + row * width);
   transpose(x_rows, width, kCodeTile, width, x_columns, kCodeTile);
@@ -55,7 +55,7 @@ void nearest_code_tile(const NearestCode& op, int64_t tile, float* scratch) {
     const int64_t count = op.codes - code < kCodeBlock ? op.codes - code : kCodeBlock;
     if (count < kCodeBlock) {  // the product reads rows behind the last
       memcpy(last_codes, codes, sizeof(float) * count * op.width);
-      memset(last_codes + count * op.width, 0, sizeof(float) * (kCodeBlock + 8 - count) * op.width);
+      memset(last_codes + count * op.width, 0, sizeof(float) * (kCodeRows - count) * op.width);
       codes = last_codes;
     }
     multiply<SquaredDifferences>(codes, op.width, 1, x_columns, kCodeTile, op.width, Replace{},

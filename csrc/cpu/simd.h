@@ -4,22 +4,12 @@
 // No fused multiply-add here: a product and a sum round the same on every instruction set, so results are bit-equal.
 #pragma once
 
-#include <stdint.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "floats.h"
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 8;
-#elif defined(__AVX2__)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
+constexpr int kLanes = kWidth / 2;
 
 typedef uint64_t U64 __attribute__((vector_size(8 * kLanes)));
 typedef double F64 __attribute__((vector_size(8 * kLanes)));

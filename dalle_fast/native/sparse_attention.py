@@ -20,7 +20,6 @@ from dalle_fast.tiles import partners, tile_positions
 TILE = 64
 GROUP = 16  # lanes that a run takes or leaves together
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DTYPES = tuple(_ELEMENTS)
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

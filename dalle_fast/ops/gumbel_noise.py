@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dalle_fast import _extension, dispatch, rng
 from dalle_fast.ops.checks import dtype_name
+from dalle_fast.ops.support import why_not_cpu
 from dalle_fast.reference import gumbel_noise as reference
 
 OP = "gumbel_noise"
@@ -25,7 +26,7 @@ def _cpu(seeds: Tensor, positions: Tensor, stream: int, n_codes: int) -> Tensor:
 
 
 def _supports_cpu(*, device: str = "cpu") -> str | None:
-    return _extension.missing() if device == "cpu" else f"the extension runs on the CPU, the tensors are on {device!r}."
+    return why_not_cpu(device)
 
 
 dispatch.register(OP, "reference", reference.gumbel_noise)

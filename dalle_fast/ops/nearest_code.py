@@ -5,33 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_fast import _extension, dispatch
+from dalle_fast import dispatch
+from dalle_fast.native import nearest_code as native
 from dalle_fast.ops.checks import check_one_device, check_one_dtype
+from dalle_fast.ops.support import why_not_cpu
 from dalle_fast.reference import nearest_code as reference
 
 OP = "nearest_code"
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-_missing_extension = dispatch.constant(_extension.missing)
 
 
 def _supports_cpu(
     *, device: str = "cpu", dtype: torch.dtype = torch.float32, n_codes: int = 1, codebook_dim: int = 1
 ) -> str | None:
-    if device != "cpu":
-        return f"the extension runs on the CPU, the tensors are on {device!r}."
-    if dtype not in KERNEL_DTYPES:
-        return f"it computes in float32, which {str(dtype).removeprefix('torch.')} exceeds."
-    return _missing_extension()
+    return why_not_cpu(device, dtype)
 
 
-def _fused(x: Tensor, codebook: Tensor, *, normalised: bool) -> Tensor:
-    return _nearest_code(x, codebook, normalised)
+@torch.library.custom_op("dalle_fast::nearest_code", mutates_args=())
+def _cpu(x: Tensor, codebook: Tensor, normalised: bool) -> Tensor:
+    return native.nearest_code(x, codebook, normalised=normalised)
+
+
+@_cpu.register_fake
+def _(x: Tensor, codebook: Tensor, normalised: bool) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 dispatch.register(OP, "reference", reference.nearest_code)
-dispatch.register(OP, "cpu", _fused, supports=_supports_cpu, rank=1)
+dispatch.register(OP, "cpu", _cpu, supports=_supports_cpu, rank=1)
 
 
 def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool = False, impl: str = "auto") -> Tensor:
@@ -63,15 +63,3 @@ def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool = False, impl:
 def facts(x: Tensor, codebook: Tensor) -> dict[str, object]:
     """What decides which implementation runs: `dalle_fast.explain("nearest_code", **facts(x, codebook))`."""
     return {"device": x.device.type, "dtype": x.dtype, "n_codes": codebook.shape[0], "codebook_dim": codebook.shape[1]}
-
-
-@torch.library.custom_op("dalle_fast::nearest_code", mutates_args=())
-def _nearest_code(x: Tensor, codebook: Tensor, normalised: bool) -> Tensor:
-    from dalle_fast.native.nearest_code import nearest_code as native
-
-    return native(x, codebook, normalised=normalised)
-
-
-@_nearest_code.register_fake
-def _(x: Tensor, codebook: Tensor, normalised: bool) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.int64)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_fast import _extension, dispatch, patterns
+from dalle_fast import dispatch, patterns
 from dalle_fast.ops.checks import check_one_device, check_one_dtype, dtype_name
+from dalle_fast.ops.support import why_not_cpu, why_not_dtype
 from dalle_fast.patterns import AttentionPattern
 from dalle_fast.reference import sparse_attention as reference
 
 OP = "sparse_attention"
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_WIDTHS = (16, 32, 64, 128)
 _LAUNCHERS = {"cpu": "dalle_fast.native.sparse_attention", "triton": "dalle_fast.kernels.sparse_attention"}
 _STATISTICS = {"cpu": (2,), "triton": ()}  # float32 [B, H, N, ...]: maximum and sum, or log-sum-exp
@@ -85,9 +85,6 @@ def facts(q: Tensor, pattern: AttentionPattern) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------ implementations
 
 
-_missing_extension = dispatch.constant(_extension.missing)
-
-
 @dispatch.constant
 def _missing_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "missing: triton is not installed. Install it with torch."
@@ -101,11 +98,7 @@ def _interpreted() -> bool:
 def _supports_cpu(
     *, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64, pattern: str = "full"
 ) -> str | None:
-    if device != "cpu":
-        return f"the extension runs on the CPU, the tensors are on {device!r}."
-    if dtype not in KERNEL_DTYPES:
-        return f"it computes in float32, which {str(dtype).removeprefix('torch.')} exceeds."
-    return _missing_extension()
+    return why_not_cpu(device, dtype)
 
 
 def _supports_triton(
@@ -113,11 +106,9 @@ def _supports_triton(
 ) -> str | None:
     if device != "cuda" and not _interpreted():
         return f"Triton's kernels run on GPUs, the tensors are on {device!r}."
-    if dtype not in KERNEL_DTYPES:
-        return f"it computes in float32, which {str(dtype).removeprefix('torch.')} exceeds."
-    if head_dim not in TRITON_HEAD_WIDTHS:
+    if why_not_dtype(dtype) is None and head_dim not in TRITON_HEAD_WIDTHS:
         return f"head width D must be one of {', '.join(map(str, TRITON_HEAD_WIDTHS))}, got {head_dim}."
-    return _missing_triton()
+    return why_not_dtype(dtype) or _missing_triton()
 
 
 def _auto_avoids_triton(*, device: str = "cpu", **_: object) -> str | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerance import assert_within_budget
 
 from dalle_fast.ops.nearest_code import nearest_code
 
@@ -27,17 +28,15 @@ def test_small_integers_tie_as_in_the_oracle(sizes, isa):
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
 )
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_the_code_is_the_nearest_wherever_float32_can_tell(sizes, dtype, normalised, isa):
+def test_the_code_is_as_near_as_the_oracles(sizes, dtype, normalised, isa):
     x, codebook = (t.to(dtype) for t in draw(*sizes))
-    got = nearest_code(x, codebook, normalised=normalised, impl="cpu")
-    exact = nearest_code(x.double(), codebook.double(), normalised=normalised, impl="reference")
+    got, own = (nearest_code(x, codebook, normalised=normalised, impl=impl) for impl in ("cpu", "reference"))
+    x, codebook = x.double(), codebook.double()
     if normalised:
-        x, codebook = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (x, codebook))
-    distance = torch.cdist(x.double(), codebook.double()).square()
-    gap = distance.gather(1, got[:, None]) - distance.gather(1, exact[:, None])
-    # D differences and D additions, each rounded once, in either of two distances
-    budget = 4 * sizes[2] * torch.finfo(torch.float32).eps * distance.gather(1, exact[:, None]).clamp(min=1e-3)
-    assert (gap <= budget).all()
+        x, codebook = (torch.nn.functional.normalize(t, dim=-1) for t in (x, codebook))
+    distance = torch.cdist(x, codebook).square()
+    of_got, of_own = (distance.gather(1, codes[:, None]).float() for codes in (got, own))
+    assert_within_budget(of_got, distance.amin(dim=1, keepdim=True), of_own)
 
 
 def test_equal_codes_give_the_first_of_them(isa):
