@@ -1,22 +1,23 @@
-"""The implementations of sparse_attention that tests run over, each skipped with its own reason where it cannot run."""
+"""The implementations that tests of an op run over, each skipped with its own reason where it cannot run."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from dalle_fast import dispatch
-from dalle_fast.ops.sparse_attention import OP
 
 
-def skip_without(impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 16) -> None:
-    """Skips the running test with the sentence that a user gets who asks for `impl` by name."""
-    reason = dispatch.registered()[OP][impl].supports(device=device, dtype=dtype, head_dim=head_dim)
+def skip_without(impl: str, op: str = "sparse_attention", **facts: object) -> None:
+    """Skips the running test with the sentence that a user gets who asks for `impl` by name.
+
+    Args: facts: of the call, where it matters; every kernel takes those that `supports` has by default.
+    """
+    reason = dispatch.registered()[op][impl].supports(**facts)
     if reason is not None:
         pytest.skip(reason.removeprefix("missing: "))
 
 
-def auto_takes(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
-    """Until the test ends, sparse_attention with impl="auto" runs on `impl` or raises."""
-    only = {impl: dispatch.registered()[OP][impl]}
-    monkeypatch.setitem(dispatch._OPS, OP, only)
+def auto_takes(monkeypatch: pytest.MonkeyPatch, impl: str, op: str = "sparse_attention") -> None:
+    """Until the test ends, `op` with impl="auto" runs on `impl` or raises."""
+    only = {impl: dispatch.registered()[op][impl]}
+    monkeypatch.setitem(dispatch._OPS, op, only)

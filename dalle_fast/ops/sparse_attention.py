@@ -10,8 +10,6 @@ from which the softmax is made again; nothing of size N x N.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -21,7 +19,13 @@ from torch import Tensor
 
 from dalle_fast import dispatch, patterns
 from dalle_fast.ops.checks import check_one_device, check_one_dtype, dtype_name
-from dalle_fast.ops.support import why_not_cpu, why_not_dtype
+from dalle_fast.ops.support import (
+    auto_avoids_triton,
+    in_autocast_dtype,
+    refuse_second_derivative,
+    why_not_cpu,
+    why_not_triton,
+)
 from dalle_fast.patterns import AttentionPattern
 from dalle_fast.reference import sparse_attention as reference
 
@@ -65,8 +69,7 @@ def sparse_attention(
     Source: DALLE-pytorch's attention modules; DALL-E paper, appendix B.
     """
     check_one_device(OP, q=q, k=k, v=v)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (_autocast(t, torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    q, k, v = (in_autocast_dtype(t) for t in (q, k, v))
     _check_tensors(q, k, v, pattern)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if rotary is not None:
@@ -85,16 +88,6 @@ def facts(q: Tensor, pattern: AttentionPattern) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------ implementations
 
 
-@dispatch.constant
-def _missing_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "missing: triton is not installed. Install it with torch."
-
-
-@dispatch.constant
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _supports_cpu(
     *, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64, pattern: str = "full"
 ) -> str | None:
@@ -104,15 +97,10 @@ def _supports_cpu(
 def _supports_triton(
     *, device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64, pattern: str = "full"
 ) -> str | None:
-    if device != "cuda" and not _interpreted():
-        return f"Triton's kernels run on GPUs, the tensors are on {device!r}."
-    if why_not_dtype(dtype) is None and head_dim not in TRITON_HEAD_WIDTHS:
+    reason = why_not_triton(device, dtype)
+    if reason is None and head_dim not in TRITON_HEAD_WIDTHS:
         return f"head width D must be one of {', '.join(map(str, TRITON_HEAD_WIDTHS))}, got {head_dim}."
-    return why_not_dtype(dtype) or _missing_triton()
-
-
-def _auto_avoids_triton(*, device: str = "cpu", **_: object) -> str | None:
-    return "Triton's interpreter is for tests: ask for it by name." if device != "cuda" else None
+    return reason
 
 
 def _fused(
@@ -132,7 +120,7 @@ def _fused(
 dispatch.register(OP, "reference", reference.sparse_attention)
 dispatch.register(OP, "cpu", partial(_fused, impl="cpu"), supports=_supports_cpu, rank=1)
 dispatch.register(
-    OP, "triton", partial(_fused, impl="triton"), supports=_supports_triton, avoid=_auto_avoids_triton, rank=2
+    OP, "triton", partial(_fused, impl="triton"), supports=_supports_triton, avoid=auto_avoids_triton, rank=2
 )
 
 
@@ -229,21 +217,11 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | Non
     return *gradients, None, None, None, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:
-    raise RuntimeError(
-        f"{OP}: only impl='reference' has a second derivative. Pass it where a gradient is differentiated again."
-    )
-
-
 torch.library.register_autograd("dalle_fast::sparse_attention", _differentiate, setup_context=_save)
-torch.library.register_autograd("dalle_fast::sparse_attention_backward", _refuse_second_derivative)
+torch.library.register_autograd("dalle_fast::sparse_attention_backward", refuse_second_derivative(OP))
 
 
 # ------------------------------------------------------------------------------------------------ checks
-
-
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> None:

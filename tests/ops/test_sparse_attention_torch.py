@@ -158,7 +158,7 @@ def test_the_extension_runs_where_it_can(monkeypatch):
 @pytest.fixture
 def with_triton(monkeypatch):
     """As on a machine with Triton installed."""
-    monkeypatch.setattr("dalle_fast.ops.sparse_attention._missing_triton", lambda: None)
+    monkeypatch.setattr("dalle_fast.ops.support._missing_triton", lambda: None)
 
 
 def test_triton_runs_on_gpus_for_its_head_widths(with_triton, monkeypatch):
