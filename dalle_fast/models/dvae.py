@@ -1,15 +1,18 @@
-"""The discrete VAE: pictures to a grid of codes and back, trained through a gumbel softmax.
+"""The discrete VAE: pictures to a grid of codes and back, trained through a gumbel softmax or as a VQ-VAE.
 
     image [B, c, S, S] -> encoder: num_layers strided convolutions, residual blocks -> features [B, F, S/2^L, S/2^L]
-    features -> gumbel_codebook (1x1 convolution to num_tokens logits, noise, softmax, codebook) -> decoder -> image
+    gumbel: features -> gumbel_codebook (1x1 convolution to num_tokens logits, noise, softmax, codebook) -> decoder
+    vq:     features -> 1x1 convolution to codebook_dim -> VectorQuantiser (the nearest code) -> decoder
 
 Parameter names are those of dalle_pytorch 1.6.6. Pictures are normalised inside; the decoder returns normalised ones.
-Source: DALLE-pytorch DiscreteVAE; DALL-E paper, section 2.1.
+Source: DALLE-pytorch DiscreteVAE; DALL-E paper, section 2.1; VQ-VAE, arXiv 1711.00937.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
 from typing import cast
@@ -18,10 +21,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.ops.gumbel_codebook import gumbel_codebook
 
 Normalization = tuple[Sequence[float], Sequence[float]]
+
+# Arguments of the constructor that mean something to one quantizer only.
+_ARGUMENTS_OF = {
+    "gumbel": ("temperature", "straight_through", "reinmax", "kl_div_loss_weight"),
+    "vq": ("commitment_loss_weight", "codebook_decay", "revive_codes_below", "normalised_codes"),
+}
+
+
+@dataclass(frozen=True)
+class ForwardStatistics:
+    """What a forward pass with a loss knows anyway, without gradients; `training.codebook_usage` makes logs of it.
+
+    codes: int64 [B, h, w], without noise.   noisy_codes: [B, h, w], drawn with the noise (vq: `codes`).
+    reconstruction: the loss of the pictures alone.   penalty: the KL divergence (None where its weight is 0), or the
+    commitment loss, before its weight.
+    """
+
+    codes: Tensor
+    noisy_codes: Tensor
+    reconstruction: Tensor
+    penalty: Tensor | None
 
 
 class ResBlock(nn.Module):
@@ -52,7 +77,13 @@ class DiscreteVAE(Pretrained):
         kl_div_loss_weight: times the KL divergence from the uniform distribution, summed over batch and positions.
         normalization: (means, stds), one number a channel, or None. Longer ones are cut to `channels`, shorter ones
             repeat their last number: the default leaves channels from the fourth (alpha) on as they are.
-    Raises: ValueError (an argument out of range, in words).
+        quantizer: "gumbel", or "vq", whose encoder ends in codebook_dim channels, and whose `codebook` is a
+            VectorQuantiser. Each has arguments of its own, which the other refuses. Of gumbel: temperature,
+            straight_through, reinmax, kl_div_loss_weight. Of vq, the following:
+        commitment_loss_weight: times the mean squared distance of the encoder's vectors from their codes.
+        codebook_decay: of the moving averages.   revive_codes_below: average count below which a code is moved.
+        normalised_codes: vectors and codes of length 1.
+    Raises: ValueError (an argument out of range or of the other quantizer, in words).
     """
 
     def __init__(
@@ -70,8 +101,15 @@ class DiscreteVAE(Pretrained):
         reinmax: bool = False,
         kl_div_loss_weight: float = 0.0,
         normalization: Normalization | None = ((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0)),
+        *,
+        quantizer: str = "gumbel",
+        commitment_loss_weight: float = 0.25,
+        codebook_decay: float = 0.99,
+        revive_codes_below: float = 0.05,
+        normalised_codes: bool = False,
     ) -> None:
         super().__init__()
+        _check_quantizer(quantizer, locals())
         _check_minimum("num_tokens", num_tokens, 1)
         _check_minimum("codebook_dim", codebook_dim, 1)
         _check_minimum("num_layers", num_layers, 1)
@@ -87,11 +125,24 @@ class DiscreteVAE(Pretrained):
         self.straight_through = straight_through
         self.reinmax = reinmax
         self.kl_div_loss_weight = kl_div_loss_weight
+        self.quantizer = quantizer
+        self.commitment_loss_weight = commitment_loss_weight
         self.normalization = None if normalization is None else _per_channel(normalization, channels)
         self.loss_fn = F.smooth_l1_loss if smooth_l1_loss else F.mse_loss
 
-        self.codebook = nn.Embedding(num_tokens, codebook_dim)
-        self.encoder = _encoder(channels, hidden_dim, num_layers, num_resnet_blocks, num_tokens)
+        self.codebook: nn.Embedding | VectorQuantiser
+        if quantizer == "gumbel":
+            self.codebook = nn.Embedding(num_tokens, codebook_dim)
+        else:
+            self.codebook = VectorQuantiser(
+                num_tokens,
+                codebook_dim,
+                decay=codebook_decay,
+                revive_below=revive_codes_below,
+                normalised=normalised_codes,
+            )
+        width = num_tokens if quantizer == "gumbel" else codebook_dim
+        self.encoder = _encoder(channels, hidden_dim, num_layers, num_resnet_blocks, width)
         self.decoder = _decoder(channels, hidden_dim, num_layers, num_resnet_blocks, codebook_dim)
 
     def norm(self, images: Tensor) -> Tensor:
@@ -108,6 +159,9 @@ class DiscreteVAE(Pretrained):
         Args: images [B, c, S, S], not normalised.
         Returns: int64 [B, n], raster order. No layer here depends on the training flag, so it is left alone.
         """
+        self._check_image(images)
+        if isinstance(self.codebook, VectorQuantiser):
+            return self.codebook.nearest(self.encoder(self.norm(images))).flatten(1)
         return self(images, return_logits=True).argmax(dim=1).flatten(1)
 
     def decode(self, img_seq: Tensor) -> Tensor:
@@ -117,7 +171,7 @@ class DiscreteVAE(Pretrained):
         Returns: [B, c, sqrt(n) 2^L, sqrt(n) 2^L], normalised as the inputs of training were.
         """
         side = self._check_codes(img_seq)
-        embeds = self.codebook(img_seq).unflatten(1, (side, side))  # [B, h, w, D]
+        embeds = F.embedding(img_seq, self.codebook.weight).unflatten(1, (side, side))  # [B, h, w, D]
         return self.decoder(embeds.permute(0, 3, 1, 2))
 
     def forward(
@@ -128,44 +182,69 @@ class DiscreteVAE(Pretrained):
         return_logits: bool = False,
         temp: float | None = None,
         gumbel_noise: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Reconstructs pictures through noisily chosen codes.
+        *,
+        seed: int | None = None,
+        return_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor | ForwardStatistics, ...]:
+        """Reconstructs pictures through noisily chosen codes, or through the nearest ones (vq).
 
         Args:
             img: [B, c, S, S], not normalised.   temp: temperature; default the model's (0.0 is a value, and refused).
             return_logits: only the logits of every code.   return_loss: the loss.   return_recons: (loss, pictures).
-            gumbel_noise: [B, K, h, w] instead of fresh noise, whose seed comes from torch's default generator.
-        Returns: pictures [B, c, S, S], normalised; or logits [B, K, h, w]; or the scalar loss; or loss and pictures.
-        Raises: ValueError (wrong size, channels, temperature or noise).
+            gumbel_noise: [B, K, h, w] instead of noise from a seed.
+            seed: of the noise; default drawn from torch's default generator, so that a second call differs.
+            return_statistics: with return_loss, also ForwardStatistics, last. Costs nothing.
+        Returns: pictures [B, c, S, S], normalised; or logits [B, K, h, w]; or the scalar loss; or what was asked for
+            of (loss, pictures, statistics).
+        Raises: ValueError (wrong size, channels, temperature or noise; what vq does not know).
         """
         self._check_image(img)
+        if return_statistics and not return_loss:
+            raise ValueError("DiscreteVAE: return_statistics must come with return_loss=True, got False. Ask for both.")
         img = self.norm(img)
-        if return_logits:
+        if self.quantizer == "vq":
+            _check_no_noise(return_logits=return_logits or None, temp=temp, gumbel_noise=gumbel_noise, seed=seed)
+        elif return_logits:
             return self.encoder(img)
 
+        if isinstance(self.codebook, VectorQuantiser):
+            embeds, codes, penalty = self.codebook(self.encoder(img))
+            noisy_codes, weight = codes, self.commitment_loss_weight
+        else:
+            with_kl = return_loss and self.kl_div_loss_weight != 0
+            embeds, codes, noisy_codes, penalty = self._through_gumbel(img, with_kl, temp, gumbel_noise, seed)
+            weight = self.kl_div_loss_weight
+        out = self.decoder(embeds)
+        if not return_loss:
+            return out
+
+        reconstruction = self.loss_fn(out, img)
+        loss = reconstruction if penalty is None else reconstruction + penalty * weight
+        statistics = ForwardStatistics(
+            codes, noisy_codes, reconstruction.detach(), None if penalty is None else penalty.detach()
+        )
+        wanted = (loss, *[out] * return_recons, *[statistics] * return_statistics)
+        return wanted if len(wanted) > 1 else loss
+
+    def _through_gumbel(
+        self, img: Tensor, with_kl: bool, temp: float | None, gumbel_noise: Tensor | None, seed: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Normalised pictures -> embeds [B, D, h, w], codes and noisy codes [B, h, w], KL or None."""
         features = self.encoder[:-1](img)
         to_logits = cast(nn.Conv2d, self.encoder[-1])
-        with_kl = return_loss and self.kl_div_loss_weight != 0
         dtype = features.dtype  # autocast: 16-bit features beside float32 parameters
-        embeds, _, _, kl = gumbel_codebook(
+        return gumbel_codebook(
             features,
             to_logits.weight.flatten(1).to(dtype),
             cast(Tensor, to_logits.bias).to(dtype),
             self.codebook.weight.to(dtype),
             temperature=self.temperature if temp is None else temp,
+            seed=seed,
             straight_through=self.straight_through,
             reinmax=self.reinmax,
             with_kl=with_kl,
             gumbel_noise=gumbel_noise,
         )
-        out = self.decoder(embeds)
-        if not return_loss:
-            return out
-
-        loss = self.loss_fn(out, img)
-        if kl is not None:
-            loss = loss + kl * self.kl_div_loss_weight
-        return (loss, out) if return_recons else loss
 
     def _check_image(self, img: Tensor) -> None:
         wanted = (self.channels, self.image_size, self.image_size)
@@ -198,14 +277,14 @@ class DiscreteVAE(Pretrained):
         return side
 
 
-def _encoder(channels: int, hidden: int, n_layers: int, n_blocks: int, num_tokens: int) -> nn.Sequential:
+def _encoder(channels: int, hidden: int, n_layers: int, n_blocks: int, width: int) -> nn.Sequential:
     widths = [channels] + [hidden] * n_layers
     halve = [
         nn.Sequential(nn.Conv2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU())
         for wide_in, wide_out in pairwise(widths)
     ]
     blocks = [ResBlock(hidden) for _ in range(n_blocks)]
-    return nn.Sequential(*halve, *blocks, nn.Conv2d(hidden, num_tokens, 1))
+    return nn.Sequential(*halve, *blocks, nn.Conv2d(hidden, width, 1))
 
 
 def _decoder(channels: int, hidden: int, n_layers: int, n_blocks: int, codebook_dim: int) -> nn.Sequential:
@@ -217,6 +296,33 @@ def _decoder(channels: int, hidden: int, n_layers: int, n_blocks: int, codebook_
         for wide_in, wide_out in pairwise(widths)
     ]
     return nn.Sequential(*blocks, *double, nn.Conv2d(hidden, channels, 1))
+
+
+def _check_quantizer(quantizer: str, arguments: Mapping[str, object]) -> None:
+    """Raises ValueError where `quantizer` is unknown, or where an argument of the other one is not at its default."""
+    if quantizer not in _ARGUMENTS_OF:
+        raise ValueError(
+            f"DiscreteVAE: quantizer must be one of {', '.join(map(repr, _ARGUMENTS_OF))}, got {quantizer!r}."
+        )
+    parameters = inspect.signature(DiscreteVAE.__init__).parameters
+    for other, names in _ARGUMENTS_OF.items():
+        for name in names:
+            if other != quantizer and arguments[name] != parameters[name].default:
+                raise ValueError(
+                    f"DiscreteVAE: {name} must be left out with quantizer={quantizer!r}, got {arguments[name]!r}."
+                    f" It is an argument of quantizer={other!r}."
+                )
+
+
+def _check_no_noise(**given: object) -> None:
+    """Raises ValueError where forward got an argument that quantizer="vq" has no use for."""
+    for name, value in given.items():
+        if value is not None:
+            shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"DiscreteVAE: {name} must be left out with quantizer='vq', got {shown}."
+                " It takes the nearest code: there are no logits, and there is no noise."
+            )
 
 
 def _check_minimum(name: str, value: int, minimum: int) -> None:

@@ -1,7 +1,11 @@
 """Train the demo's DiscreteVAE as a VQ-VAE and fold the quantiser into it.
 
 The gumbel softmax of the original used 67 of 256 codes on this data; a quantiser with revival uses nearly all
-of them, and folds exactly into the original's architecture (vector_quantiser.fold): a plain DiscreteVAE is shipped.
+of them, and folds exactly into the original's architecture: a plain DiscreteVAE is shipped.
+
+Folding: z = P h + b_P (P: [D, F], the projection of the encoder's features h), |z - c_k|^2 = |z|^2 - 2 (c_k . z -
+|c_k|^2 / 2), so the nearest code is the argmax over k of (P^T c_k) . h + c_k . b_P - |c_k|^2 / 2: a 1x1 convolution
+with weight [K, F] and bias [K], a gumbel DiscreteVAE's last layer.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_fast.models.dvae import DiscreteVAE
+from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.training.loop import (
     Budget,
     CsvLog,
@@ -24,12 +29,12 @@ from dalle_fast.training.loop import (
     save_checkpoint,
     step_generator,
 )
-from dalle_fast.training.vector_quantiser import VectorQuantiser, fold
 
 logger = logging.getLogger(__name__)
 
+_DECAY = 0.98
+_REVIVE_BELOW = 0.5
 _REVIVE_UNTIL = 0.8
-_REVIVE_EVERY = 10
 _GRADIENT_CLIP = 1.0
 _L1_WEIGHT = 0.1
 _COMMITMENT_WEIGHT = 0.25
@@ -58,34 +63,50 @@ class VqTrainer(nn.Module):
 
     def __init__(self, vae: DiscreteVAE) -> None:
         super().__init__()
+        if vae.quantizer != "gumbel":
+            raise ValueError(f"VqTrainer: vae must have quantizer='gumbel' to fold into, got {vae.quantizer!r}.")
         num_codes, dim = vae.codebook.weight.shape
         self.trunk = vae.encoder[:-1]
         self.decoder = vae.decoder
         head = vae.encoder[-1]
         assert isinstance(head, nn.Conv2d)
         self.projection = nn.Conv2d(head.in_channels, dim, 1)
-        self.quantiser = VectorQuantiser(num_codes, dim)
+        self.quantiser = VectorQuantiser(num_codes, dim, decay=_DECAY, revive_below=_REVIVE_BELOW)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised pixels [B, 3, H, W] -> reconstruction, vectors before quantisation, codes, commitment loss.
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised pixels [B, 3, H, W] -> reconstruction, codes [B, h, w], commitment loss.
 
         Until the codebook has been placed, nothing is quantised: a plain autoencoder.
         """
         z = self.projection(self.trunk(pixels))
-        if not self.quantiser.ready:
+        if not self.quantiser.started:
             codes = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.long)
-            return self.decoder(z), z.detach(), codes, z.new_zeros(())
+            return self.decoder(z), codes, z.new_zeros(())
         quantised, codes, commitment = self.quantiser(z)
-        return self.decoder(quantised), z.detach(), codes, commitment
+        return self.decoder(quantised), codes, commitment
 
     @torch.no_grad()
     def fold_into(self, vae: DiscreteVAE) -> None:
         """Copy what was learnt into `vae`, whose codes are then exactly the nearest rows."""
         vae.encoder[:-1].load_state_dict(self.trunk.state_dict())
         vae.decoder.load_state_dict(self.decoder.state_dict())
-        vae.codebook.weight.copy_(self.quantiser.codebook)
-        weight, bias = fold(self.quantiser.codebook, self.projection)
+        vae.codebook.weight.copy_(self.quantiser.weight)
+        weight, bias = fold(self.quantiser.weight, self.projection)
         vae.encoder[-1].load_state_dict({"weight": weight, "bias": bias})
+
+
+@torch.no_grad()
+def fold(codebook: Tensor, projection: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """(weight [K, F, 1, 1], bias [K]) of the convolution whose argmax over features is the nearest row of `codebook`.
+
+    `projection` is the 1x1 convolution [D, F] in front of the quantiser. Computed in float64, returned in float32.
+    """
+    rows = codebook.double()
+    weight = rows @ projection.weight.double().flatten(1)
+    bias = -0.5 * rows.square().sum(1)
+    if projection.bias is not None:
+        bias = bias + rows @ projection.bias.double()
+    return weight.float()[:, :, None, None], bias.float()
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -110,7 +131,7 @@ def reconstruction_figures(model: VqTrainer, pictures: Tensor) -> dict[str, floa
     squared, seen = 0.0, []
     for batch in pictures.split(64):
         pixels = batch.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-        out, _, codes, _ = model(pixels)
+        out, codes, _ = model(pixels)
         squared += (out.clamp(-1, 1) - pixels).square().sum().item() / 4
         seen.append(codes.flatten())
     psnr = -10 * torch.tensor(squared / pictures.numel()).log10().item()
@@ -163,6 +184,7 @@ def train_vae(
             save()
             saved = budget.seconds()
     save()
+    model.quantiser.update()
     model.fold_into(vae)
     return model
 
@@ -183,15 +205,14 @@ def _vae_step(
     pixels = augment(pictures[index].float().div(127.5).sub(1), generator)
     if step == recipe.plain_steps:
         with torch.no_grad():
-            model.quantiser.start(model.projection(model.trunk(pixels)), generator)
-    out, z, codes, commitment = model(pixels)
+            model.quantiser.start(model.projection(model.trunk(pixels)))
+    if progress >= _REVIVE_UNTIL:
+        model.quantiser.revive_below = 0.0
+    out, _, commitment = model(pixels)
     mse, l1 = F.mse_loss(out, pixels), F.l1_loss(out, pixels)
     optimiser.zero_grad(set_to_none=True)
     (mse + _L1_WEIGHT * l1 + _COMMITMENT_WEIGHT * commitment).backward()
     nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_CLIP)
     optimiser.step()
-    if not model.quantiser.ready:
-        return {"mse": mse.item(), "l1": l1.item(), "commitment": 0.0, "revived": 0}
-    revive = progress < _REVIVE_UNTIL and step % _REVIVE_EVERY == 0
-    revived = model.quantiser.update(z, codes, generator, revive=revive)
+    revived = int(model.quantiser.revived)
     return {"mse": mse.item(), "l1": l1.item(), "commitment": commitment.item(), "revived": revived}

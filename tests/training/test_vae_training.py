@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from dalle_fast.models.dvae import DiscreteVAE
-from dalle_fast.training.dvae import VaeRecipe, VqTrainer, augment, train_vae
+from dalle_fast.training.dvae import VaeRecipe, VqTrainer, augment, fold, train_vae
 from dalle_fast.training.loop import Budget, learning_rate_scale
-from dalle_fast.training.vector_quantiser import VectorQuantiser, fold, spread_sample
 
 TINY = VaeRecipe(batch=4, warmup_steps=1, plain_steps=2, save_seconds=0.0, log_steps=1, evaluate_steps=4)
 
@@ -41,48 +40,12 @@ def test_the_trained_vae_is_the_quantiser_it_was_trained_as(tmp_path):
     vae = tiny_vae()
     model = train_vae(vae, pictures(), pictures(2), tmp_path, Budget(steps=6), TINY).eval()
     pixels = pictures().float() / 255
-    _, _, codes, _ = model(vae.norm(pixels))
+    _, codes, _ = model(vae.norm(pixels))
     own = vae.get_codebook_indices(pixels)
     assert len(own.unique()) > 1
     assert torch.equal(own, codes.flatten(1))
     quantised = vae.codebook(own).unflatten(1, codes.shape[1:]).permute(0, 3, 1, 2)
     assert torch.equal(vae.decode(own), vae.decoder(quantised))
-
-
-def test_quantiser_gives_the_nearest_row_and_passes_the_gradient_through():
-    quantiser = VectorQuantiser(9, 3)
-    quantiser.codebook.normal_(generator=torch.Generator().manual_seed(2))
-    z = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    quantised, codes, commitment = quantiser(z)
-    vectors = z.permute(0, 2, 3, 1).reshape(-1, 3)
-    assert torch.equal(codes.flatten(), torch.cdist(vectors, quantiser.codebook).argmin(1))
-    torch.testing.assert_close(quantised, quantiser.codebook[codes].permute(0, 3, 1, 2))
-    weights = torch.randn_like(quantised)
-    (gradient,) = torch.autograd.grad((quantised * weights).sum(), z, retain_graph=True)
-    assert torch.equal(gradient, weights)
-    (pull,) = torch.autograd.grad(commitment, z)
-    torch.testing.assert_close(pull, 2 * (z - quantised).detach() / z.numel())
-
-
-def test_rows_that_nobody_uses_are_revived_where_the_error_is():
-    quantiser = VectorQuantiser(2, 1, decay=0.5)
-    quantiser.codebook.copy_(torch.tensor([[0.0], [100.0]]))
-    quantiser.sums.copy_(quantiser.codebook)
-    z = torch.cat((torch.zeros(6), torch.full((2,), 9.0))).view(1, 1, 2, 4)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.zeros(1, 2, 4, dtype=torch.long)
-    assert quantiser.update(z, codes, generator, revive=False) == 0
-    for _ in range(3):
-        revived = quantiser.update(z, codes, generator, revive=True)
-        if revived:
-            break
-    assert revived == 1
-    assert quantiser.codebook[1].item() == 9.0
-
-
-def test_spread_sample_takes_distinct_places_while_there_are_some():
-    vectors = torch.tensor([[0.0], [0.0], [0.0], [5.0], [9.0]])
-    assert spread_sample(vectors, 3, torch.Generator().manual_seed(0)).flatten().sort().values.tolist() == [0, 5, 9]
 
 
 def test_training_reduces_the_error(tmp_path):
@@ -139,3 +102,8 @@ def test_trainer_works_on_the_modules_of_the_vae():
     trainer = VqTrainer(vae)
     assert trainer.decoder is vae.decoder
     assert trainer.projection.weight.shape == (5, 6, 1, 1)
+
+
+def test_trainer_refuses_a_vae_without_logits():
+    with pytest.raises(ValueError, match="vae must have quantizer='gumbel' to fold into, got 'vq'"):
+        VqTrainer(DiscreteVAE(image_size=16, num_tokens=12, codebook_dim=5, num_layers=2, quantizer="vq"))
