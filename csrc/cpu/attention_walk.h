@@ -9,22 +9,6 @@
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 
-constexpr float kLog2E = 0x1.715476p0f;
-constexpr float kInfinity = __builtin_inff();
-
-// Calls function(const T*) or function(T*) with the elements' own type.
-template <class Function>
-static inline void with_elements(Element element, void* data, const Function& function) {
-  switch (element) {
-    case Element::float32:
-      return function(static_cast<float*>(data));
-    case Element::bfloat16:
-      return function(static_cast<BFloat16*>(data));
-    case Element::float16:
-      return function(static_cast<Float16*>(data));
-  }
-}
-
 // One (batch, head) of an op: rows of tensors by position.
 struct Head {
   const SparseAttention& op;
@@ -68,16 +52,6 @@ struct Head {
   float scale() const { return op.scale == 0 ? 1.0f : __builtin_fabsf(op.scale) * kLog2E; }
 };
 
-// Hands out pieces of the scratch memory.
-struct Arena {
-  float* next;
-  float* take(int64_t floats) {
-    float* piece = next;
-    next += floats;
-    return piece;
-  }
-};
-
 // The positions of a tile that take part.
 struct Tile {
   int64_t position[kTile];  // -1: the lane is idle
@@ -103,8 +77,6 @@ static inline void to_rows(const float* columns, int64_t width, float* rows) {
 static inline void scale_all(float* values, int64_t count, float factor) {
   for (int64_t i = 0; i < count; i += kWidth) store(values + i, load(values + i) * factor);
 }
-
-static inline void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
 
 constexpr int kMostKeys = 64;  // of a block
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "gumbel_codebook.h"
 #include "parallel.h"
 #include "sparse_attention.h"
 
@@ -27,6 +28,11 @@ DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int6
 // All tensors of the call and its tile lists: sparse_attention.h.
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* op);
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_backward(const dalle_fast::SparseAttention* op);
+
+// All tensors of the call: gumbel_codebook.h. The second writes `nearest` alone.
+DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_forward(const dalle_fast::GumbelCodebook* op);
+DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_nearest(const dalle_fast::GumbelCodebook* op);
+DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_backward(const dalle_fast::GumbelCodebook* op);
 
 // nearest [n]: for each row of x [n, width] the index of the nearest row of codebook [codes, width].
 DALLE_FAST_EXPORT int32_t dalle_fast_nearest_code(const float* x, int64_t n, int64_t width, const float* codebook,

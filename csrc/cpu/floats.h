@@ -23,8 +23,12 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 
+constexpr float kLog2E = 0x1.715476p0f;
+constexpr float kInfinity = __builtin_inff();
+
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
 
 // Minus zero, not plus: the compiler may leave it out, -0 included.
 static inline Vec broadcast(float value) { return value - Vec{}; }
@@ -36,6 +40,18 @@ static inline Vec load(const float* from) {
 }
 
 static inline void store(float* to, Vec value) { memcpy(to, &value, sizeof(Vec)); }
+
+static inline void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
+
+// Hands out pieces of the scratch memory.
+struct Arena {
+  float* next;
+  float* take(int64_t floats) {
+    float* piece = next;
+    next += floats;
+    return piece;
+  }
+};
 
 // a * b + c
 static inline Vec multiply_add(Vec a, Vec b, Vec c) {

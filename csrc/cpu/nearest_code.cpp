@@ -9,7 +9,7 @@ int32_t dalle_fast_nearest_code(const float* x, int64_t n, int64_t width, const 
                                 int64_t* nearest) {
   using namespace dalle_fast;
   const NearestCode op{x, n, width, codebook, codes, nearest};
-  return parallel_tasks((n + kCodeTile - 1) / kCodeTile, [&](auto next) {
+  return parallel_tasks((n + kTile - 1) / kTile, [&](auto next) {
     float* const scratch = of_tasks.take(nearest_code_scratch(width));
     for (int64_t tile; (tile = next()) >= 0;) nearest_code_tile(op, tile, scratch);
   });

@@ -14,18 +14,18 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 struct Best {
-  float distance[kCodeTile];
-  int32_t code[kCodeTile];
+  float distance[kTile];
+  int32_t code[kTile];
 };
 
 // A distance that is not a number is the smallest, as in torch's argmin: the first one stays.
 void keep_nearest(const float* distances, int64_t first_code, int64_t count, Best& best) {
-  for (int lane = 0; lane < kCodeTile; lane += kWidth) {
+  for (int lane = 0; lane < kTile; lane += kWidth) {
     Vec least = load(best.distance + lane);
     VecI code;
     memcpy(&code, best.code + lane, sizeof(code));
     for (int64_t i = 0; i < count; ++i) {
-      const Vec distance = load(distances + i * kCodeTile + lane);
+      const Vec distance = load(distances + i * kTile + lane);
       const VecI nearer = (distance < least) | ((distance != distance) & (least == least));
       least = nearer ? distance : least;
       code = nearer ? VecI{} + static_cast<int32_t>(first_code + i) : code;
@@ -38,18 +38,18 @@ void keep_nearest(const float* distances, int64_t first_code, int64_t count, Bes
 }  // namespace
 
 void nearest_code_tile(const NearestCode& op, int64_t tile, float* scratch) {
-  const int64_t width = padded(op.width), first = tile * kCodeTile;
-  const int64_t rows = op.n - first < kCodeTile ? op.n - first : kCodeTile;
+  const int64_t width = padded(op.width), first = tile * kTile;
+  const int64_t rows = op.n - first < kTile ? op.n - first : kTile;
   float* x_rows = scratch;
-  float* x_columns = x_rows + kCodeTile * width;
-  float* distances = x_columns + kCodeTile * width;
-  float* last_codes = distances + kCodeTile * kCodeRows;
-  memset(x_rows, 0, sizeof(float) * kCodeTile * width);
+  float* x_columns = x_rows + kTile * width;
+  float* distances = x_columns + kTile * width;
+  float* last_codes = distances + kTile * kCodeRows;
+  memset(x_rows, 0, sizeof(float) * kTile * width);
   for (int64_t row = 0; row < rows; ++row) load_row(op.x + (first + row) * op.width, op.width, width, x_rows + row * width);
-  transpose(x_rows, width, kCodeTile, width, x_columns, kCodeTile);
+  transpose(x_rows, width, kTile, width, x_columns, kTile);
 
   Best best;
-  for (int lane = 0; lane < kCodeTile; ++lane) best.distance[lane] = __builtin_inff(), best.code[lane] = 0;
+  for (int lane = 0; lane < kTile; ++lane) best.distance[lane] = __builtin_inff(), best.code[lane] = 0;
   for (int64_t code = 0; code < op.codes; code += kCodeBlock) {
     const float* codes = op.codebook + code * op.width;
     const int64_t count = op.codes - code < kCodeBlock ? op.codes - code : kCodeBlock;
@@ -58,8 +58,8 @@ void nearest_code_tile(const NearestCode& op, int64_t tile, float* scratch) {
       memset(last_codes + count * op.width, 0, sizeof(float) * (kCodeRows - count) * op.width);
       codes = last_codes;
     }
-    multiply<SquaredDifferences>(codes, op.width, 1, x_columns, kCodeTile, op.width, Replace{},
-                                 EvenRows{distances, kCodeTile}, count, kCodeTile / kGroup);
+    multiply<SquaredDifferences>(codes, op.width, 1, x_columns, kTile, op.width, Replace{},
+                                 EvenRows{distances, kTile}, count, kTile / kGroup);
     keep_nearest(distances, code, count, best);
   }
   for (int64_t row = 0; row < rows; ++row) op.nearest[first + row] = best.code[row];

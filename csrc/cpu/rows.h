@@ -2,6 +2,7 @@
 #pragma once
 
 #include "floats.h"
+#include "tile.h"
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
@@ -26,6 +27,19 @@ static inline uint32_t to_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   return bits;
+}
+
+// Calls function(T*) with the elements' own type.
+template <class Function>
+static inline void with_elements(Element element, void* data, const Function& function) {
+  switch (element) {
+    case Element::float32:
+      return function(static_cast<float*>(data));
+    case Element::bfloat16:
+      return function(static_cast<BFloat16*>(data));
+    case Element::float16:
+      return function(static_cast<Float16*>(data));
+  }
 }
 
 static inline float widen(float x) { return x; }
@@ -59,7 +73,6 @@ static inline Vec load_row_vector(const float* from) { return load(from); }
 static inline void store_row_vector(float* to, Vec x) { store(to, x); }
 
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
 
 static inline Vec load_row_vector(const BFloat16* from) {
   Halves bits;

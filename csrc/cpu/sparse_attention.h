@@ -2,12 +2,9 @@
 #pragma once
 
 #include "isa.h"
+#include "tile.h"
 
 namespace dalle_fast {
-
-constexpr int kTile = 64;  // queries of a tile, the lanes of a 64-bit mask
-
-enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // [B, H, N, D] of one Element, strides in elements, unit stride on D.
 struct Heads {
@@ -50,7 +47,6 @@ struct SparseAttention {
 };
 
 constexpr int kKeyBlock = 48;   // keys at once: their rows, the queries and the scores stay in the first-level cache
-constexpr int kSpareRows = 8;   // behind every buffer: products compute rows in sixes or eights (product.h)
 
 }  // namespace dalle_fast
 

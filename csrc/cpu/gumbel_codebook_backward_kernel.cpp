@@ -1,0 +1,347 @@
+// gumbel_codebook backward for one instruction set. Scores, noise and weights are made again, one [96, 64] block at a time:
+//
+//     g = C dO    dl = p (g - delta) / tau + w q (l - E)      (soft, straight-through; w: gradient of the divergence)
+//     dl = 2 pi1 (g - delta) - pi0 (g - delta') / 2 + ...     (reinmax; pi1 = (onehot_j + softmax(l / tau)) / 2, pi0 = q)
+//     dx = W^T dl    dW = dl x^T    db = sum dl    dC = p dO^T, or dO added to the chosen row
+//
+// delta = sum of p g = dO . embeds where embeds are the mixture in float32; otherwise it takes a sweep of its own. A task has a slice
+// of the codes and goes over all tiles of a chunk for each of its blocks: gradients of codes are summed where they are, those of
+// x by slices, in this one order whatever the threads. 2 (3 F + 2 D) K operations a row.
+#include "codebook_tile.h"
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+
+namespace {
+
+template <Choice kValue>
+struct Constant {
+  static constexpr Choice value = kValue;
+};
+
+// A tile as the backward pass keeps it.
+struct Prepared {
+  float *x, *x_rows, *dout, *dout_panels, *numbers;
+
+  Prepared(const GumbelCodebook& op, float* memory) {
+    Arena arena{memory};
+    x = arena.take(tile_columns(op.features));
+    x_rows = arena.take(tile_columns(op.features));
+    dout = arena.take(tile_columns(op.dim));
+    dout_panels = arena.take(filled(op.dim, 64) * kTile);
+    numbers = arena.take(int64_t{kRowNumbers} * kTile);
+  }
+
+  float* row(int number) const { return numbers + number * kTile; }
+  Vec number(int which, int lane) const { return load(row(which) + lane); }
+};
+
+struct Codes {
+  int64_t first, count;
+  float *weight, *codebook, *bias;
+
+  void read(const GumbelCodebook& op, int64_t first_code) {
+    first = first_code, count = codes_in_block(op, first_code);
+    read_codes(op, op.weight, op.features, first, count, weight);
+    read_codes(op, op.codebook, op.dim, first, count, codebook);
+    read_bias(op, first, count, bias);
+  }
+};
+
+// [kBlock, kTile] each: logits, of which the gradient takes the place; weights of the mixture; products with dembeds.
+struct Scores {
+  float *logits, *weights, *products;
+};
+
+void multiply_scores(const GumbelCodebook& op, const Prepared& tile, const Codes& codes, const Scores& scores) {
+  multiply_long(codes.weight, padded(op.features), tile.x, kTile, op.features, EvenRows{scores.logits, kTile}, codes.count);
+  multiply_long(codes.codebook, padded(op.dim), tile.dout, kTile, op.dim, EvenRows{scores.products, kTile}, codes.count);
+}
+
+// Softmaxes of one row in each lane, relative to the maxima of the forward pass.
+struct Weights {
+  Vec noisy_max, noisy_factor, max, factor, tempered_factor;
+  float scale;
+
+  Weights(const GumbelCodebook& op, const Prepared& tile, int lane)
+      : noisy_max(tile.number(kNoisyMax, lane)),
+        noisy_factor(1.0f / tile.number(kNoisySum, lane)),
+        max(tile.number(kMax, lane)),
+        factor(1.0f / tile.number(kSum, lane)),
+        tempered_factor(1.0f / tile.number(kTemperedSum, lane)),
+        scale(kLog2E * op.inverse_temperature) {}
+
+  Vec noisy(Vec l_and_noise) const { return exp2((l_and_noise - noisy_max) * scale) * noisy_factor; }
+  Vec plain(Vec l) const { return exp2((l - max) * kLog2E) * factor; }
+  Vec tempered(Vec l) const { return exp2((l - max) * scale) * tempered_factor; }
+};
+
+// Calls function(lane, i, l, noise) for vectors of rows and codes i of a block. Reinmax forgot its noise: it knows the choice.
+template <Choice kChoice, class Noise, class Start, class Function>
+void each_logit(const Noise& noise, const Codes& codes, const float* logits, const Start& start, const Function& function) {
+  for (int lane = 0; lane < kTile; lane += kWidth) {
+    auto state = start(lane);
+    const auto at = noise.at(lane);
+    for (int64_t quad = 0; quad < codes.count; quad += 4) {
+      Vec drawn[4];
+      if (kChoice != Choice::reinmax) noise.quad(at, codes.first + quad, drawn);
+      for (int64_t i = quad; i < quad + 4 && i < codes.count; ++i) {
+        function(state, lane, i, load(logits + i * kTile + lane) + codes.bias[i], drawn[i - quad]);
+      }
+    }
+  }
+}
+
+// The gradient of the logits in place of the logits, the mixture's weights, and sums of the gradient over rows.
+template <Choice kChoice, bool kDivergence, class Noise>
+void differentiate(const GumbelCodebook& op, const Prepared& tile, const Noise& noise, const int32_t* chosen,
+                   const Codes& codes, const Scores& scores, float* dbias) {
+  struct State {
+    Weights weights;
+    Vec delta, second_delta, divergence, expected;
+    VecI chosen;
+  };
+  const auto start = [&](int lane) {
+    State state{Weights(op, tile, lane), tile.number(kDelta, lane), tile.number(kSecondDelta, lane),
+                tile.number(kDivergenceWeight, lane), tile.number(kExpected, lane), VecI{}};
+    memcpy(&state.chosen, chosen + lane, sizeof(state.chosen));
+    return state;
+  };
+  each_logit<kChoice>(noise, codes, scores.logits, start, [&](const State& state, int lane, int64_t i, Vec l, Vec drawn) {
+    const int64_t at = i * kTile + lane;
+    const Vec product = load(scores.products + at);
+    Vec gradient, plain{};
+    if (kDivergence || kChoice == Choice::reinmax) plain = state.weights.plain(l);
+    if (kChoice == Choice::reinmax) {
+      const Vec hard = state.chosen == static_cast<int32_t>(codes.first + i) ? broadcast(1.0f) : Vec{};
+      gradient = (hard + state.weights.tempered(l)) * (product - state.delta) -
+                 plain * 0.5f * (product - state.second_delta);
+    } else {
+      const Vec weight = state.weights.noisy(l + drawn);
+      if (kChoice == Choice::soft) store(scores.weights + at, weight);
+      gradient = weight * (product - state.delta) * op.inverse_temperature;
+    }
+    if (kDivergence) gradient += state.divergence * plain * (l - state.weights.max - state.expected);
+    store(scores.logits + at, gradient);
+    store(dbias + i * kWidth, load(dbias + i * kWidth) + gradient);
+  });
+}
+
+// Sums over a block's codes of the weights times the products, added to the deltas.
+template <Choice kChoice, class Noise>
+void add_deltas(const GumbelCodebook& op, const Prepared& tile, const Noise& noise, const int32_t* chosen,
+                const Codes& codes, const Scores& scores) {
+  struct State {
+    Weights weights;
+    VecI chosen;
+    float *delta, *second;
+  };
+  alignas(64) float sums[2][kTile] = {};
+  const auto start = [&](int lane) {
+    State state{Weights(op, tile, lane), VecI{}, sums[0] + lane, sums[1] + lane};
+    memcpy(&state.chosen, chosen + lane, sizeof(state.chosen));
+    return state;
+  };
+  each_logit<kChoice>(noise, codes, scores.logits, start, [&](const State& state, int lane, int64_t i, Vec l, Vec drawn) {
+    const Vec product = load(scores.products + i * kTile + lane);
+    if (kChoice == Choice::reinmax) {
+      const Vec hard = state.chosen == static_cast<int32_t>(codes.first + i) ? broadcast(0.5f) : Vec{};
+      store(state.delta, multiply_add(hard + state.weights.tempered(l) * 0.5f, product, load(state.delta)));
+      store(state.second, multiply_add(state.weights.plain(l), product, load(state.second)));
+    } else {
+      store(state.delta, multiply_add(state.weights.noisy(l + drawn), product, load(state.delta)));
+    }
+  });
+  for (int lane = 0; lane < kTile; lane += kWidth) {
+    store(tile.row(kDelta) + lane, tile.number(kDelta, lane) + load(sums[0] + lane));
+    store(tile.row(kSecondDelta) + lane, tile.number(kSecondDelta, lane) + load(sums[1] + lane));
+  }
+}
+
+struct ChosenCodes {
+  alignas(64) int32_t code[kTile];
+  ChosenCodes(const GumbelCodebook& op, const Lanes& lanes) {
+    for (int lane = 0; lane < kTile; ++lane) {
+      code[lane] = lane < lanes.count ? static_cast<int32_t>(op.noisy[lanes.first + lane]) : -1;
+    }
+  }
+};
+
+// Gradients of a block of codes, [kBlock, channels] each; of the bias as many numbers as lanes for each code.
+struct CodeGradients {
+  float *weight, *codebook, *bias;
+};
+
+// dO of rows that chose a code of this block, row after row.
+void add_chosen(const GumbelCodebook& op, const Prepared& tile, const ChosenCodes& chosen, const Codes& codes, float* dcodebook) {
+  const int64_t width = padded(op.dim);
+  for (int lane = 0; lane < kTile; ++lane) {
+    const int64_t i = chosen.code[lane] - codes.first;
+    if (i < 0 || i >= codes.count) continue;
+    for (int64_t d = 0; d < width; d += kWidth) {
+      float* const to = dcodebook + i * width + d;
+      store(to, load(to) + load(tile.dout_panels + (d / 64 * kTile + lane) * 64 + d % 64));
+    }
+  }
+}
+
+void add_gradients(const GumbelCodebook& op, const Prepared& tile, const Codes& codes, const Scores& scores,
+                   const CodeGradients& gradients, float* dx, bool first_block) {
+  const int64_t width = padded(op.features), dim = padded(op.dim);
+  const EvenRows columns{dx, kTile};
+  if (first_block) {
+    multiply(codes.weight, 1, width, scores.logits, kTile, codes.count, Replace{}, columns, op.features, kTile / kGroup);
+  } else {
+    multiply(codes.weight, 1, width, scores.logits, kTile, codes.count, Add{}, columns, op.features, kTile / kGroup);
+  }
+  multiply(scores.logits, kTile, 1, tile.x_rows, width, kTile, Add{}, EvenRows{gradients.weight, width}, codes.count,
+           width / kGroup);
+  if (op.choice != Choice::soft) return;
+  for (int64_t d = 0; d < dim; d += 64) {
+    multiply(scores.weights, kTile, 1, tile.dout_panels + d * kTile, 64, kTile, Add{}, EvenRows{gradients.codebook + d, dim},
+             codes.count, (dim - d < 64 ? dim - d : 64) / kGroup);
+  }
+}
+
+void write_rows(const float* from, int64_t from_width, int64_t rows, int64_t width, bool replace, float* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float value = from[i * from_width + j];
+      to[i * width + j] = replace ? value : to[i * width + j] + value;
+    }
+  }
+}
+
+template <class Noise>
+void differentiate(const GumbelCodebook& op, const Prepared& tile, const Noise& noise, const ChosenCodes& chosen,
+                   const Codes& codes, const Scores& scores, float* dbias) {
+  const auto with_divergence = [&](auto choice) {
+    constexpr Choice kChoice = decltype(choice)::value;
+    if (op.dkl != 0) {
+      differentiate<kChoice, true>(op, tile, noise, chosen.code, codes, scores, dbias);
+    } else {
+      differentiate<kChoice, false>(op, tile, noise, chosen.code, codes, scores, dbias);
+    }
+  };
+  switch (op.choice) {
+    case Choice::soft:
+      return with_divergence(Constant<Choice::soft>{});
+    case Choice::straight_through:
+      return with_divergence(Constant<Choice::straight_through>{});
+    case Choice::reinmax:
+      return with_divergence(Constant<Choice::reinmax>{});
+  }
+}
+
+}  // namespace
+
+void gumbel_codebook_prepare(const GumbelCodebook& op, int64_t tile, float* memory) {
+  const Prepared prepared(op, memory);
+  const Lanes lanes(op, tile);
+  const int64_t width = padded(op.features), dim = padded(op.dim);
+  read_columns(op, op.x, lanes, op.features, prepared.x);
+  transpose(prepared.x, kTile, width, kTile, prepared.x_rows, width);
+  read_columns(op, op.dembeds, lanes, op.dim, prepared.dout);
+  // Idle lanes have no gradient, and through it no effect.
+  for (int lane = lanes.count; lane < kTile; ++lane) {
+    for (int64_t d = 0; d < op.dim; ++d) prepared.dout[d * kTile + lane] = 0.0f;
+  }
+  for (int64_t d = 0; d < dim; d += 64) {
+    transpose(prepared.dout + d * kTile, kTile, dim - d < 64 ? dim - d : 64, kTile, prepared.dout_panels + d * kTile, 64);
+  }
+  for (int lane = 0; lane < kTile; ++lane) {
+    const int64_t row = lanes.first + (lane < lanes.count ? lane : lanes.count - 1);
+    for (int s = 0; s < kStatistics; ++s) prepared.row(s)[lane] = op.statistics[s * op.rows() + row];
+    prepared.row(kDivergenceWeight)[lane] = lane < lanes.count ? op.dkl : 0.0f;
+  }
+  clear(prepared.row(kDelta), kTile);
+  clear(prepared.row(kSecondDelta), kTile);
+  if (!op.delta_is_product()) return;
+  with_elements(op.element, op.embeds.data, [&](auto* embeds) {
+    const Places places(op.embeds, lanes);
+    alignas(64) float mixture[kTile];
+    for (int64_t d = 0; d < op.dim; ++d) {
+      if (places.adjacent) {
+        load_row(embeds + places.offset[0] + d * places.stride, kTile, kTile, mixture);
+      } else {
+        for (int lane = 0; lane < kTile; ++lane) mixture[lane] = widen(embeds[places.offset[lane] + d * places.stride]);
+      }
+      for (int lane = 0; lane < kTile; lane += kWidth) {
+        float* const delta = prepared.row(kDelta) + lane;
+        store(delta, multiply_add(load(mixture + lane), load(prepared.dout + d * kTile + lane), load(delta)));
+      }
+    }
+  });
+}
+
+void gumbel_codebook_deltas(const GumbelCodebook& op, int64_t first, int64_t count, float* prepared, float* scratch) {
+  Arena arena{scratch};
+  Codes codes{};
+  codes.weight = arena.take(block_rows(op.features));
+  codes.codebook = arena.take(block_rows(op.dim));
+  codes.bias = arena.take(kBlock);
+  const Scores scores{arena.take(kScores), arena.take(kScores), arena.take(kScores)};
+  for (int64_t code = 0; code < op.codes; code += kBlock) {
+    codes.read(op, code);
+    for (int64_t t = 0; t < count; ++t) {
+      const Prepared tile(op, prepared + t * gumbel_codebook_prepared(op.features, op.dim));
+      const Lanes lanes(op, first + t);
+      const ChosenCodes chosen(op, lanes);
+      multiply_scores(op, tile, codes, scores);
+      with_noise(op, lanes, [&](const auto& noise) {
+        if (op.choice == Choice::reinmax) {
+          add_deltas<Choice::reinmax>(op, tile, noise, chosen.code, codes, scores);
+        } else {
+          add_deltas<Choice::straight_through>(op, tile, noise, chosen.code, codes, scores);
+        }
+      });
+    }
+  }
+}
+
+void gumbel_codebook_slice(const GumbelCodebook& op, int64_t first, const CodeSlice& slice, float* scratch) {
+  Arena arena{scratch};
+  const int64_t width = padded(op.features), dim = padded(op.dim);
+  Codes codes{};
+  codes.weight = arena.take(block_rows(op.features));
+  codes.codebook = arena.take(block_rows(op.dim));
+  codes.bias = arena.take(kBlock);
+  const CodeGradients gradients{arena.take(block_rows(op.features)), arena.take(block_rows(op.dim)),
+                                arena.take(kBlock * kWidth)};
+  const Scores scores{arena.take(kScores), arena.take(kScores), arena.take(kScores)};
+  for (int64_t code = slice.first_code; code < slice.last_code; code += kBlock) {
+    codes.read(op, code);
+    clear(gradients.weight, block_rows(op.features));
+    clear(gradients.codebook, block_rows(op.dim));
+    clear(gradients.bias, kBlock * kWidth);
+    for (int64_t t = 0; t < slice.tiles; ++t) {
+      const Prepared tile(op, const_cast<float*>(slice.prepared) + t * gumbel_codebook_prepared(op.features, op.dim));
+      const Lanes lanes(op, first + t);
+      const ChosenCodes chosen(op, lanes);
+      multiply_scores(op, tile, codes, scores);
+      with_noise(op, lanes, [&](const auto& noise) { differentiate(op, tile, noise, chosen, codes, scores, gradients.bias); });
+      add_gradients(op, tile, codes, scores, gradients, slice.dx + t * tile_columns(op.features), code == slice.first_code);
+      if (op.choice != Choice::soft) add_chosen(op, tile, chosen, codes, gradients.codebook);
+    }
+    const bool replace = slice.first_chunk;
+    write_rows(gradients.weight, width, codes.count, op.features, replace, op.dweight + code * op.features);
+    write_rows(gradients.codebook, dim, codes.count, op.dim, replace, op.dcodebook + code * op.dim);
+    for (int64_t i = 0; i < codes.count; ++i) {
+      float sum = 0.0f;
+      for (int lane = 0; lane < kWidth; ++lane) sum += gradients.bias[i * kWidth + lane];
+      op.dbias[code + i] = replace ? sum : op.dbias[code + i] + sum;
+    }
+  }
+}
+
+void gumbel_codebook_sum(const GumbelCodebook& op, int64_t tile, float* parts, int64_t count, int64_t stride) {
+  for (int64_t part = 1; part < count; ++part) {
+    for (int64_t i = 0; i < op.features * kTile; i += kWidth) {
+      store(parts + i, load(parts + i) + load(parts + part * stride + i));
+    }
+  }
+  write_columns(op, op.dx, Lanes(op, tile), op.features, parts);
+}
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast
