@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.models.quantiser import VectorQuantiser
+from dalle_fast.training.codebook_usage import CodebookUsage
 from dalle_fast.training.loop import (
     Budget,
     CsvLog,
@@ -128,14 +129,14 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def reconstruction_figures(model: VqTrainer, pictures: Tensor) -> dict[str, float]:
     """PSNR (dB, from the squared error over all pixels in 0..1) and codes used, for uint8 pictures [n, 3, H, W]."""
-    squared, seen = 0.0, []
+    squared, usage = 0.0, CodebookUsage(len(model.quantiser.weight))
     for batch in pictures.split(64):
         pixels = batch.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         out, codes, _ = model(pixels)
         squared += (out.clamp(-1, 1) - pixels).square().sum().item() / 4
-        seen.append(codes.flatten())
+        usage.add(codes)
     psnr = -10 * torch.tensor(squared / pictures.numel()).log10().item()
-    return {"psnr": psnr, "codes": float(len(torch.cat(seen).unique()))}
+    return {"psnr": psnr, "codes": float(usage.used)}
 
 
 def train_vae(

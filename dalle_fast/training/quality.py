@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.sampling.gallery import to_pixels
+from dalle_fast.training.codebook_usage import CodebookUsage
 from dalle_fast.training.demo import EmojiData
 
 _BATCH = 64
@@ -51,21 +52,18 @@ class DrawingFigures:
 @torch.no_grad()
 def vae_figures(vae: Any, pictures: Tensor, held_out: Tensor) -> VaeFigures:
     """Of a DiscreteVAE, for uint8 pictures [n, 3, H, W] and bool [n], which of them count for psnr."""
-    codes, squared = [], 0.0
+    usage, squared = CodebookUsage(vae.num_tokens), 0.0
     for batch, counts in zip(pictures.split(_BATCH), held_out.split(_BATCH), strict=True):
         pixels = batch.float() / 255
-        codes.append(vae.get_codebook_indices(pixels))
+        codes = vae.get_codebook_indices(pixels)
+        usage.add(codes)
         if counts.any():
-            decoded = to_pixels(vae, vae.decode(codes[-1][counts]))
+            decoded = to_pixels(vae, vae.decode(codes[counts]))
             squared += (decoded - pixels[counts]).square().double().sum().item()
     if not held_out.any():
         raise ValueError("vae_figures: held_out must mark at least one picture, got none. Write the whole data set.")
     psnr = -10 * torch.tensor(squared / pictures[held_out].numel()).log10().item()
-    share = torch.bincount(torch.cat(codes).flatten(), minlength=vae.num_tokens).double()
-    share = share / share.sum()
-    used = int((share > 0).sum())
-    perplexity = torch.special.entr(share).sum().exp().item()
-    return VaeFigures(psnr, used, vae.num_tokens, used / vae.num_tokens, perplexity)
+    return VaeFigures(psnr, usage.used, vae.num_tokens, usage.used / vae.num_tokens, usage.perplexity)
 
 
 def nearest_pictures(pixels: Tensor, pictures: Tensor) -> Tensor:
