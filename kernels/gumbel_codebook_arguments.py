@@ -1,0 +1,115 @@
+"""What the launchers of gumbel_codebook hand to every kernel: tensors, strides and sizes of one call."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from dalle_fast.kernels.gumbel_codebook_sizes import Sizes
+from torch import Tensor
+
+FEATURES_AT_ONCE = 64  # of a row or a code in one block; wider ones are taken in several
+_LEAST_BLOCK = 16  # of a product
+
+
+class Call(NamedTuple):
+    """One call, as its kernels see it."""
+
+    features: Tensor  # [B, F, h, w]
+    weight: Tensor  # [K, F], unit stride on F
+    bias: Tensor | None  # [K], contiguous
+    codebook: Tensor  # [K, D], unit stride on D
+    noise: Tensor | None  # [B, K, h, w]
+    seed: Tensor | None  # int64 [1], on the device
+    first_row: int
+    temperature: float
+    mode: str
+
+    @property
+    def n_rows(self) -> int:
+        """B h w."""
+        batch, _, height, width = self.features.shape
+        return batch * height * width
+
+    @property
+    def n_codes(self) -> int:
+        """K."""
+        return len(self.codebook)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """K, F, D, and how rows are counted: h w, w."""
+        _, n_features, height, width = self.features.shape
+        return (self.n_codes, n_features, self.codebook.shape[1], height * width, width)
+
+    @property
+    def table_strides(self) -> tuple[int, int]:
+        """From code to code, of weight and codebook."""
+        return (self.weight.stride(0), self.codebook.stride(0))
+
+    @property
+    def rate(self) -> float:
+        """What a difference of logits is multiplied by to be an exponent of 2."""
+        return math.log2(math.e) / self.temperature
+
+    @property
+    def given(self) -> dict[str, bool]:
+        """Constants of every kernel: which of the optional tensors there are."""
+        return {"HAS_BIAS": self.bias is not None, "HAS_NOISE": self.noise is not None}
+
+    def blocks(self, sizes: Sizes) -> dict[str, int | bool]:
+        """Constants of every kernel: blocks of features and channels, and whether there are several of them."""
+        n_features, dim = self.weight.shape[1], self.codebook.shape[1]
+        block_f, block_d = block_of(n_features, FEATURES_AT_ONCE), block_of(dim, sizes.block_c)
+        return {
+            "BLOCK_F": block_f,
+            "BLOCK_D": block_d,
+            "CHUNKED_F": block_f < n_features,
+            "CHUNKED_D": block_d < dim,
+        }
+
+
+def prepare(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    *,
+    first_row: int,
+    temperature: float,
+    mode: str,
+) -> Call:
+    """The call of these arguments; see `gumbel_codebook.forward`."""
+    return Call(
+        features=features,
+        weight=_with_unit_stride(weight),
+        bias=None if bias is None else bias.contiguous(),
+        codebook=_with_unit_stride(codebook),
+        noise=noise,
+        seed=None if seed is None else seed.to(features.device, non_blocking=True),
+        first_row=first_row,
+        temperature=temperature,
+        mode=mode,
+    )
+
+
+def block_of(n_channels: int, at_most: int) -> int:
+    """The power of two that holds n_channels, within what a product takes and `at_most`."""
+    return min(max(_LEAST_BLOCK, 1 << (n_channels - 1).bit_length()), at_most)
+
+
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of x [B, C, h, w]; zeros without one."""
+    return (0, 0, 0, 0) if x is None else x.stride()
+
+
+def cdiv(n: int, block: int) -> int:
+    """How many blocks hold n."""
+    return -(-n // block)
+
+
+def _with_unit_stride(table: Tensor) -> Tensor:
+    """table [K, C], copied where its channels do not lie side by side."""
+    return table if table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()

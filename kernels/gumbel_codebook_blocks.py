@@ -1,0 +1,180 @@
+"""What every kernel of gumbel_codebook does with a tile: load channels of rows and codes, form logits, draw noise.
+
+Rows are the B h w positions, codes the K entries of the codebook. A block of codes is walked as four lanes: lane r
+holds the codes 4 q + r of the quads q of the block, since one Philox call is the noise of one quad. Beyond the last row
+or code tiles hold zeros, and logits LOWEST.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+import triton
+import triton.language as tl
+from dalle_fast.kernels.philox import gumbel, words
+
+STREAM: tl.constexpr = tl.constexpr(2)  # rng.Stream.VAE
+# Below every logit; finite, so that differences and their products with a probability of 0 stay numbers.
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+NO_CODE: tl.constexpr = tl.constexpr(2**31 - 1)
+# Rows of the statistics [8, M]; see gumbel_codebook.py.
+NOISY_MAX: tl.constexpr = tl.constexpr(0)
+NOISY_SUM: tl.constexpr = tl.constexpr(1)
+PLAIN_MAX: tl.constexpr = tl.constexpr(2)
+PLAIN_SUM: tl.constexpr = tl.constexpr(3)
+WARM_SUM: tl.constexpr = tl.constexpr(4)
+EXPECTED: tl.constexpr = tl.constexpr(5)
+DIVERGENCE: tl.constexpr = tl.constexpr(6)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def row_offsets(row, strides, pixels, width):
+    """int64, shape of row: where row (b, y, x) of a tensor [B, C, h, w] starts. pixels = h w."""
+    sample = row // pixels
+    pixel = row - sample * pixels
+    y = pixel // width
+    x = pixel - y * width
+    return sample.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def load_rows(x_ptr, offsets, stride_c, first, n_channels, in_rows, BLOCK_C: tl.constexpr):
+    """[ROWS, BLOCK_C]: channels from `first` on of the rows that start at `offsets`."""
+    channel = first + tl.arange(0, BLOCK_C)
+    pointers = x_ptr + offsets[:, None] + channel[None, :].to(tl.int64) * stride_c
+    return tl.load(pointers, mask=in_rows[:, None] & (channel < n_channels)[None, :], other=0.0)
+
+
+@triton.jit
+def load_codes(table_ptr, code, stride_k, first, n_codes, n_channels, BLOCK_C: tl.constexpr):
+    """[CODES, BLOCK_C]: channels from `first` on of the rows `code` of a table [K, C] with unit stride on C."""
+    channel = first + tl.arange(0, BLOCK_C)
+    pointers = table_ptr + code[:, None].to(tl.int64) * stride_k + channel[None, :]
+    return tl.load(pointers, mask=(code < n_codes)[:, None] & (channel < n_channels)[None, :], other=0.0)
+
+
+@triton.jit
+def products(
+    x,
+    table,
+    x_ptr,
+    offsets,
+    stride_c,
+    in_rows,
+    table_ptr,
+    code,
+    stride_k,
+    n_codes,
+    n_channels,
+    BLOCK_C: tl.constexpr,
+    CHUNKED: tl.constexpr,
+):
+    """float32 [ROWS, CODES]: inner products of rows and of codes in a table over all channels.
+
+    x, table: their first BLOCK_C channels, which are all of them unless CHUNKED.
+    """
+    result = tl.dot(x, tl.trans(table), input_precision="ieee")
+    if CHUNKED:
+        for first in range(BLOCK_C, n_channels, BLOCK_C):
+            x_chunk = load_rows(x_ptr, offsets, stride_c, first, n_channels, in_rows, BLOCK_C)
+            table_chunk = load_codes(table_ptr, code, stride_k, first, n_codes, n_channels, BLOCK_C)
+            result = tl.dot(x_chunk, tl.trans(table_chunk), result, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def load_bias(bias_ptr, code, n_codes, HAS_BIAS: tl.constexpr):
+    """float32, shape of code: what is added to a product to make a logit; LOWEST beyond the last code."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + code, mask=code < n_codes, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros(code.shape, tl.float32)
+    return tl.where(code < n_codes, bias, LOWEST)
+
+
+@triton.jit
+def draw(noise_ptr, seed, offsets, stride_k, position, quad, n_codes, in_rows, HAS_NOISE: tl.constexpr):
+    """The noise of the four lanes of a block, float32 [ROWS, QUADS] each.
+
+    HAS_NOISE: read from a tensor whose rows start at `offsets` [ROWS]; else drawn at `position` [ROWS], int64.
+    """
+    if HAS_NOISE:
+        lanes = (0.0, 0.0, 0.0, 0.0)
+        for lane in tl.static_range(4):
+            noise = _lane_noise(noise_ptr, offsets, stride_k, 4 * quad + lane, n_codes, in_rows)
+            lanes = with_lane(lanes, lane, noise)
+    else:
+        lanes = words(seed, quad[None, :], position[:, None], STREAM)
+        for lane in tl.static_range(4):
+            lanes = with_lane(lanes, lane, gumbel(lanes[lane]))
+    return lanes
+
+
+@triton.jit
+def _lane_noise(noise_ptr, offsets, stride_k, code, n_codes, in_rows):
+    pointers = noise_ptr + offsets[:, None] + code[None, :].to(tl.int64) * stride_k
+    return tl.load(pointers, mask=in_rows[:, None] & (code < n_codes)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_statistic(statistics_ptr, which: tl.constexpr, row, n_rows, beyond):
+    """float32, shape of row; `beyond` for rows from n_rows on."""
+    return tl.load(statistics_ptr + which * tl.cast(n_rows, tl.int64) + row, mask=row < n_rows, other=beyond)
+
+
+@triton.jit
+def load_softmaxes(statistics_ptr, row, n_rows, MODE: tl.constexpr, WITH_KL: tl.constexpr):
+    """(largest, total) of the softmax of MODE, (largest, total) of softmax(l), mean of l - largest under it; [ROWS].
+
+    Rows beyond the last have probabilities of 0, as far as MODE and WITH_KL read them.
+    """
+    huge: tl.constexpr = -LOWEST
+    if MODE == "reinmax" or WITH_KL:
+        plain_max = load_statistic(statistics_ptr, PLAIN_MAX, row, n_rows, huge)
+        plain_sum = load_statistic(statistics_ptr, PLAIN_SUM, row, n_rows, 1.0)
+    else:
+        plain_max = tl.full(row.shape, huge, tl.float32)
+        plain_sum = tl.full(row.shape, 1.0, tl.float32)
+    if MODE == "reinmax":
+        main_max = plain_max
+        main_sum = load_statistic(statistics_ptr, WARM_SUM, row, n_rows, 1.0)
+    else:
+        main_max = load_statistic(statistics_ptr, NOISY_MAX, row, n_rows, huge)
+        main_sum = load_statistic(statistics_ptr, NOISY_SUM, row, n_rows, 1.0)
+    expected = load_statistic(statistics_ptr, EXPECTED, row, n_rows, 0.0) if WITH_KL else plain_sum
+    return main_max, main_sum, plain_max, plain_sum, expected
+
+
+@triton.jit
+def largest(lanes):
+    """[ROWS]: the maximum over four lanes [ROWS, QUADS]."""
+    return tl.max(tl.maximum(tl.maximum(lanes[0], lanes[1]), tl.maximum(lanes[2], lanes[3])), axis=1)
+
+
+@triton.jit
+def first_code_at(lanes, value, quad):
+    """int32 [ROWS]: the lowest code of a block whose number in its lane is `value` [ROWS]; NO_CODE without one."""
+    code = tl.full(lanes[0].shape, NO_CODE, tl.int32)
+    for back in tl.static_range(4):
+        lane: tl.constexpr = 3 - back
+        code = tl.where(lanes[lane] == value[:, None], 4 * quad[None, :] + lane, code)
+    return tl.min(code, axis=1)
+
+
+@triton.jit
+def with_lane(lanes, lane: tl.constexpr, value):
+    """The four values of `lanes`, of which that of `lane` is another one."""
+    value_0, value_1, value_2, value_3 = lanes
+    if lane == 0:
+        value_0 = value
+    elif lane == 1:
+        value_1 = value
+    elif lane == 2:
+        value_2 = value
+    else:
+        value_3 = value
+    return value_0, value_1, value_2, value_3
+
+
+@triton.jit
+def store_statistic(statistics_ptr, which: tl.constexpr, row, n_rows, value):
+    """Writes value [ROWS] where `load_statistic` finds it."""
+    tl.store(statistics_ptr + which * tl.cast(n_rows, tl.int64) + row, value, mask=row < n_rows)
