@@ -61,7 +61,7 @@ class Cost:
 
     working_set: bytes gone through again and again (decoding); None: inputs come from memory (a cold op).
     items, unit: what a user counts, for a rate (1 image, 1024 tokens).
-    result_bytes: what a call returns, for the peak in multiples of it; 0: nobody asks.
+    result_bytes: what a call returns, for the peak in multiples of it and beyond it; 0: nobody asks.
     """
 
     read_bytes: int = 0
@@ -256,6 +256,7 @@ def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Ses
             row["values"]["peak"] = _value(peak, "B")
             if cost.result_bytes and peak is not None:
                 row["values"]["peak_of_result"] = _value(peak / cost.result_bytes, "x")
+                row["values"]["peak_beyond_result"] = _value(max(peak - cost.result_bytes, 0), "B")
         report.rows.append(row)
     return report
 

@@ -29,7 +29,8 @@ def overview(rows: Iterable[Row]) -> str:
 
 def _one_table(op: str, device: str, every: list[tuple[Row, dict[str, Row]]]) -> str:
     peers = list(dict.fromkeys(name for _, members in every for name in members if name not in KERNELS))
-    head = ("case", "mode", "dtype", "ours", *(f"{peer} / ours" for peer in peers), "% of ceiling", "peak", "of result")
+    ratios = (f"{peer} / ours" for peer in peers)
+    head = ("case", "mode", "dtype", "ours", *ratios, "% of ceiling", "peak", "of result", "beyond")
     body = [_line(ours, members, peers) for ours, members in every]
     runs = dict.fromkeys(f"{ours['run']}, {(ours['commit'] or 'no commit')[:10]}" for ours, _ in every)
     threads = "/".join(dict.fromkeys(str(ours["device"]["threads"]) for ours, _ in every))
@@ -39,7 +40,8 @@ def _one_table(op: str, device: str, every: list[tuple[Row, dict[str, Row]]]) ->
             "",
             *markdown([head, *body]),
             "",
-            "NAME / ours: how many times as long NAME takes. of result: the peak over the size of the results.",
+            "NAME / ours: how many times as long NAME takes. of result: the peak over the size of the results; beyond:"
+            " what it exceeds them by.",
             f"{'; '.join(runs)}.",
         ]
     )
@@ -47,7 +49,7 @@ def _one_table(op: str, device: str, every: list[tuple[Row, dict[str, Row]]]) ->
 
 def _line(ours: Row, members: dict[str, Row], peers: list[str]) -> tuple[str, ...]:
     values = ours["values"]
-    peak = values.get("peak", {}).get("value")
+    peak, beyond = (values.get(name, {}).get("value") for name in ("peak", "peak_beyond_result"))
     return (
         ours["case"],
         ours["mode"],
@@ -57,4 +59,5 @@ def _line(ours: Row, members: dict[str, Row], peers: list[str]) -> tuple[str, ..
         f"{values['of_ceiling']['value']:.1f}" if "of_ceiling" in values else "",
         "" if peak is None else f"{peak / MIB:.1f} MiB",
         f"{values['peak_of_result']['value']:.2f}x" if "peak_of_result" in values else "",
+        "" if beyond is None else f"{beyond / MIB:.1f} MiB",
     )

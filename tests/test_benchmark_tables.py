@@ -44,13 +44,14 @@ def test_plot_is_made_of_rows(tmp_path: Path) -> None:
 def test_overview_sets_ours_beside_each_peer() -> None:
     ours = written_row("cpu", 0.25)
     ours["values"] |= {"peak": {"value": 3 * 2**20, "unit": "B"}, "peak_of_result": {"value": 1.5, "unit": "x"}}
+    ours["values"]["peak_beyond_result"] = {"value": 2**20, "unit": "B"}
     text = overview([written_row("slow", 2.0), ours, written_row("fast", 0.125)])
     head, _, line = (line for line in text.splitlines() if line.startswith("|"))
     cells = dict(zip(head.split("|"), line.split("|"), strict=True))
     found = {key.strip(): cell.strip() for key, cell in cells.items() if key.strip()}
     assert found == {
         "case": "real", "mode": "forward", "dtype": "float32", "ours": "250 ms (cpu)", "slow / ours": "8.00",
-        "fast / ours": "0.50", "peak": "3.0 MiB", "of result": "1.50x",
+        "fast / ours": "0.50", "peak": "3.0 MiB", "of result": "1.50x", "beyond": "1.0 MiB",
     }  # fmt: skip
     assert overview([written_row("slow", 2.0), written_row("fast", 0.5)]) == ""
 
