@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SEEDS = 2**64  # seeds are 0 .. SEEDS - 1
+POSITIONS = 2**32  # positions are 0 .. POSITIONS - 1
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -89,11 +90,42 @@ def resolve_seeds(
     return [(first + i) % SEEDS for i in range(batch)]
 
 
-def seeds_to_tensor(seeds: int | Iterable[int], device: torch.device | str | None = None) -> Tensor:
-    """Seeds as int64 [count]: the same 64 bits, 2**63 and more read as negative (torch has no uint64 arithmetic)."""
+def seeds_to_tensor(
+    seeds: int | Iterable[int], device: torch.device | str | None = None, *, op: str | None = None
+) -> Tensor:
+    """Seeds as int64 [count]: the same 64 bits, 2**63 and more read as negative (torch has no uint64 arithmetic).
+
+    Args: op: who speaks where a seed is refused.
+    """
     numbers = [seeds] if isinstance(seeds, int) else seeds
-    values = [_checked_seed(one) for one in numbers]
+    values = [_checked_seed(one, op) for one in numbers]
     return torch.tensor([s - SEEDS if s >= SEEDS // 2 else s for s in values], dtype=torch.int64, device=device)
+
+
+def draw_seed(device: torch.device | str | None = None) -> Tensor:
+    """A fresh seed from torch's default generator, the one that resolve_seeds(None, 1) gives, as int64 [1].
+
+    It is never read by the host: torch.compile keeps it a tensor, a GPU does not wait.
+    """
+    return torch.empty(1, dtype=torch.int64).random_().to(device, non_blocking=True)
+
+
+def first_row_of_rank(rows: int) -> int:
+    """Where this process numbers its rows from, so that processes that share a seed never meet the same counter.
+
+    Args: rows: how many this process draws for at once.
+    Returns: rank * (2**32 // world_size) where torch.distributed is initialised, otherwise 0.
+    Raises: ValueError where the rows run into those of the next rank.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    span = POSITIONS // ranks
+    if rows > span:
+        raise ValueError(
+            f"first_row_of_rank: rows must be at most {span}, the share of one of {ranks} ranks, got {rows}."
+            " Split the batch."
+        )
+    return rank * span
 
 
 def _multiply(words: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -106,13 +138,16 @@ def _device(generator: torch.Generator | None) -> torch.device | str:
     return "cpu" if generator is None else generator.device
 
 
-def _checked_seed(seed: object) -> int:
+def _checked_seed(seed: object, op: str | None = None) -> int:
+    speaker = f"{op}: " if op else ""
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(
-            f"seed must be a whole number, got {seed!r} ({type(seed).__name__})."
+            f"{speaker}seed must be a whole number, got {seed!r} ({type(seed).__name__})."
             " Give an int in 0 .. 2**64 - 1, or None."
         )
     value = operator.index(seed)
     if not 0 <= value < SEEDS:
-        raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {value}. Take it modulo 2**64 if that is what you mean.")
+        raise ValueError(
+            f"{speaker}seed must be in 0 .. 2**64 - 1, got {value}. Take it modulo 2**64 if that is what you mean."
+        )
     return value

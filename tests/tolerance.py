@@ -5,7 +5,8 @@ An implementation may be wrong by twice what the oracle itself is wrong at that 
     max |got - exact| <= 2 max |own - exact| + u max |exact|
 
 exact: the oracle in float64 on the very same numbers.   own: the oracle at the dtype under test.   u: unit roundoff of
-that dtype. Maxima are over one tensor. Exact things (masks, indices, tokens) are compared for equality instead.
+that dtype. Maxima are over one tensor. Exact things (masks, indices, tokens) are compared for equality instead; the
+largest of several scores wherever it leads by more than the budget.
 
     check_against_oracle(kernel, oracle, (q, k, v), torch.bfloat16)
 
@@ -53,6 +54,24 @@ def assert_same_in_float64(got: Tensor, expected: Tensor, n_terms: int, what: st
     assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
     error, allowed = _max_error(got, expected), n_terms * torch.finfo(torch.float64).eps * _max(expected.abs())
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_argmax_within_budget(chosen: Tensor, exact: Tensor, own: Tensor, what: str = "codes") -> None:
+    """Fails unless `chosen` [...] is the argmax of scores [..., K] wherever that leads by more than the budget.
+
+    Elsewhere it must be one of those that the budget allows to lead: of two scores each may be wrong by it, so none
+    further than twice the budget below the best.
+
+    Args: exact: scores in float64, from the oracle.   own: the scores of the oracle at the dtype under test.
+    """
+    assert chosen.dtype == torch.int64, f"{what}: dtype {chosen.dtype}, not int64"
+    assert chosen.shape == exact.shape[:-1], f"{what}: shape {list(chosen.shape)}, scores {list(exact.shape)}"
+    lead = exact.amax(-1) - exact.gather(-1, chosen[..., None])[..., 0]
+    allowed = 2 * budget(exact, own)
+    assert bool((lead <= allowed).all()), (
+        f"{what}: {int((lead > allowed).sum())} of {lead.numel()} are up to {_max(lead):.3g} below the best,"
+        f" allowed {allowed:.3g}"
+    )
 
 
 def outputs_and_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,21 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: dict[str, int], advic
     if list(tensor.shape) != list(shape.values()):
         wanted = ", ".join(f"{letter}={size}" for letter, size in shape.items())
         raise ValueError(f"{op}: {name} must be [{wanted}], got {list(tensor.shape)}. {advice}")
+
+
+def check_finite(op: str, name: str, tensor: Tensor, axes: str, advice: str) -> None:
+    """Raises ValueError with the first place of a NaN or an infinity, an index for each letter of `axes`.
+
+    While a CUDA graph is captured nothing is checked: the host must not wait.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    # A sum stores nothing and is finite only where all terms are; where it alone overflows, the places decide.
+    if tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
+        return
+    places = (~tensor.isfinite()).nonzero()
+    if len(places):
+        first = places[0].tolist()
+        where = ", ".join(f"{letter}={index}" for letter, index in zip(axes, first, strict=True))
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        raise ValueError(f"{op}: {name} must be finite, got {tensor[tuple(first)].item()} at [{where}]{more}. {advice}")

@@ -20,9 +20,6 @@ import math
 import torch
 from torch import Tensor
 
-from dalle_fast.reference.gumbel_noise import gumbel_noise
-from dalle_fast.rng import Stream, seeds_to_tensor
-
 
 def gumbel_codebook(
     features: Tensor,
@@ -31,7 +28,7 @@ def gumbel_codebook(
     codebook: Tensor,
     *,
     temperature: float,
-    noise: Tensor | int,
+    noise: Tensor,
     straight_through: bool = False,
     reinmax: bool = False,
     with_kl: bool = False,
@@ -40,21 +37,14 @@ def gumbel_codebook(
 
     Args:
         features: [B, F, h, w].   weight: [K, F].   bias: [K] or None.   codebook: [K, D].
-        noise: [B, K, h, w], or the seed to draw it from: row r of the B h w rows is position r of Stream.VAE.
+        noise: [B, K, h, w].
     Returns: embeds [B, D, h, w] in the dtype of features; codes and noisy_codes int64 [B, h, w]; kl, a scalar in the
         dtype of the logits, or None.
     """
     batch, _, height, width = features.shape
     with torch.autocast(features.device.type, enabled=False):
-        logits = _logits(features, weight, bias)
-        if isinstance(noise, int):
-            rows = torch.arange(len(logits), device=logits.device)
-            noise = gumbel_noise(seeds_to_tensor(noise, logits.device), rows, Stream.VAE, len(codebook)).to(
-                logits.dtype
-            )
-        else:
-            noise = _rows(noise).to(logits.dtype)
-        noisy = logits + noise
+        logits = code_logits(features, weight, bias)
+        noisy = logits + _rows(noise).to(logits.dtype)
         codes, noisy_codes = logits.argmax(dim=-1), noisy.argmax(dim=-1)
         if not straight_through:
             embeds = (noisy / temperature).softmax(dim=-1).to(codebook.dtype) @ codebook
@@ -69,10 +59,11 @@ def gumbel_codebook(
     return embeds, codes.view(batch, height, width), noisy_codes.view(batch, height, width), kl
 
 
-def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def code_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The noiseless logits, [M, K], float32 for 16-bit inputs."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     x, weight = _rows(features).to(dtype), weight.to(dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))  # [M, K]
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,18 +1,34 @@
 """What the tests of ops share."""
 
 import pytest
+import torch
 from implementations import skip_without
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def impl(request):
-    """Each implementation of sparse_attention that takes every head width."""
-    skip_without(request.param)
+    """Each implementation that takes every size, of the op that the test module names as OP."""
+    skip_without(request.param, getattr(request.module, "OP", "sparse_attention"))
     return request.param
 
 
 @pytest.fixture(params=["cpu"])
 def kernel(request):
-    """Each implementation that must be measured against the oracle."""
-    skip_without(request.param)
+    """Each implementation that must be measured against the oracle, of the op that the test module names as OP."""
+    skip_without(request.param, getattr(request.module, "OP", "sparse_attention"))
     return request.param
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN: what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

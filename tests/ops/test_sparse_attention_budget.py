@@ -131,13 +131,6 @@ def test_broadcast_inputs(kernel):
     assert torch.equal(got, sparse_attention(q, one_key.contiguous(), v, pattern=PATTERNS["axial_row"], impl=kernel))
 
 
-@pytest.fixture
-def restored_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @every_dtype
 @pytest.mark.parametrize("pattern", LARGE[:4], ids=lambda pattern: pattern.name)
 def test_equal_bits_for_any_number_of_threads_and_in_a_second_run(pattern, dtype, kernel, restored_threads):
@@ -154,14 +147,6 @@ def test_equal_bits_for_any_number_of_threads_and_in_a_second_run(pattern, dtype
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True)), f"{threads} threads"
-
-
-@pytest.fixture
-def poisoned_memory():
-    """torch.empty gives NaN: what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @every_pattern

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from tolerance import assert_within_budget, budget, check_against_oracle, outputs_and_gradients
+from tolerance import (
+    assert_argmax_within_budget,
+    assert_within_budget,
+    budget,
+    check_against_oracle,
+    outputs_and_gradients,
+)
 
 
 def _softmax(x):
@@ -41,6 +47,16 @@ def test_wrong_indices_fail():
     x = torch.randn(5, 33, generator=torch.Generator().manual_seed(1))
     with pytest.raises(AssertionError, match="output 0: 5 of 5 differ"):
         check_against_oracle(lambda x: x.argmin(-1), lambda x: x.argmax(-1), (x,), torch.float32, backward=False)
+
+
+def test_a_clear_argmax_must_be_found_and_a_tie_within_rounding_may_go_either_way():
+    exact = torch.tensor([[1.0, 4.0, 2.0], [4.0, 4.0 - 2**-22, 0.0]], dtype=torch.float64)
+    own = exact.float() + 2**-23
+    for chosen in ([1, 0], [1, 1]):
+        assert_argmax_within_budget(torch.tensor(chosen), exact, own)
+    for chosen in ([1, 2], [2, 0]):
+        with pytest.raises(AssertionError, match="codes: 1 of 2 are up to"):
+            assert_argmax_within_budget(torch.tensor(chosen), exact, own)
 
 
 def test_exact_must_be_float64():
