@@ -20,10 +20,12 @@ struct Lanes {
     const int64_t left = op.rows() - first, pixels = op.height * op.width;
     count = static_cast<int>(left < kTile ? left : kTile);
     for (int lane = 0; lane < kTile; ++lane) {
-      const int64_t row = first + (lane < count ? lane : count - 1), pixel = row % pixels;
-      sample[lane] = row / pixels, y[lane] = pixel / op.width, x[lane] = pixel % op.width;
+      const int64_t pixel = row(lane) % pixels;
+      sample[lane] = row(lane) / pixels, y[lane] = pixel / op.width, x[lane] = pixel % op.width;
     }
   }
+
+  int64_t row(int lane) const { return first + (lane < count ? lane : count - 1); }
 };
 
 // Where these rows of a tensor lie: channel c of a lane at offset[lane] + c * stride.
@@ -38,7 +40,7 @@ struct Places {
     }
   }
 
-  // columns [channels, kTile], zeros up to a multiple of 16 channels.
+  // columns [channels, kTile].
   template <class T>
   void read(const T* from, int64_t channels, float* columns) const {
     if (adjacent) {
@@ -48,7 +50,6 @@ struct Places {
         for (int lane = 0; lane < kTile; ++lane) columns[c * kTile + lane] = widen(from[offset[lane] + c * stride]);
       }
     }
-    clear(columns + channels * kTile, (padded(channels) - channels) * kTile);
   }
 
   template <class T>
@@ -63,9 +64,11 @@ struct Places {
   }
 };
 
+// Zeros up to a multiple of 16 channels.
 static inline void read_columns(const GumbelCodebook& op, const Maps& maps, const Lanes& lanes, int64_t channels, float* to) {
   const Places places(maps, lanes);
   with_elements(op.element, maps.data, [&](auto* data) { places.read(data, channels, to); });
+  clear(to + channels * kTile, (padded(channels) - channels) * kTile);
 }
 
 static inline void write_columns(const GumbelCodebook& op, const Maps& maps, const Lanes& lanes, int64_t channels,
@@ -106,46 +109,15 @@ static inline void multiply_long(const float* a, int64_t a_row, const float* b, 
   }
 }
 
-// Noise of the rows of a tile: drawn where it is used, or given.
-struct DrawnNoise {
-  uint64_t seed;
-  uint32_t stream;
-  alignas(64) uint32_t position[kTile];
-
-  DrawnNoise(const GumbelCodebook& op, const Lanes& lanes) : seed(op.seed), stream(op.stream) {
-    for (int lane = 0; lane < kTile; ++lane) {
-      const int64_t row = lanes.first + (lane < lanes.count ? lane : lanes.count - 1);
-      position[lane] = static_cast<uint32_t>(op.first_row + row);
-    }
-  }
-  // Of the lanes from `lane` on; kept through a loop over codes.
-  Positions at(int lane) const { return Positions(position + lane); }
-  void quad(const Positions& positions, int64_t code, Vec noise[4]) const {
-    gumbel_of_quad(seed, stream, static_cast<uint64_t>(code / 4), positions, noise);
-  }
-};
-
-struct GivenNoise {
-  const float* data;
-  int64_t codes;
-  Places places;
-
-  GivenNoise(const GumbelCodebook& op, const Lanes& lanes)
-      : data(static_cast<const float*>(op.noise.data)), codes(op.codes), places(op.noise, lanes) {}
-  int at(int lane) const { return lane; }
-  void quad(int lane, int64_t code, Vec noise[4]) const {
-    for (int i = 0; i < 4 && code + i < codes; ++i) {
-      for (int j = 0; j < kWidth; ++j) noise[i][j] = data[places.offset[lane + j] + (code + i) * places.stride];
-    }
-  }
-};
-
-template <class Function>
-static inline void with_noise(const GumbelCodebook& op, const Lanes& lanes, const Function& function) {
+// Noise of codes first .. first + count - 1 (first a multiple of 4) for the rows of a tile, drawn or as given: [count, kTile].
+static inline void read_noise(const GumbelCodebook& op, const Lanes& lanes, int64_t first, int64_t count, float* noise) {
   if (op.noise.data == nullptr) {
-    function(DrawnNoise(op, lanes));
+    alignas(64) uint32_t position[kTile];
+    for (int lane = 0; lane < kTile; ++lane) position[lane] = static_cast<uint32_t>(op.first_row + lanes.row(lane));
+    gumbel_rows(op.seed, op.stream, position, kTile, first, count, noise);
   } else {
-    function(GivenNoise(op, lanes));
+    const Places places(op.noise, lanes);
+    places.read(static_cast<const float*>(op.noise.data) + first * places.stride, count, noise);
   }
 }
 

@@ -71,6 +71,8 @@ constexpr int64_t filled(int64_t count, int64_t multiple) { return (count + mult
 constexpr int64_t tile_columns(int64_t channels) { return (filled(channels, 16) + kSpareRows) * kTile; }
 // Of [kBlock, channels] and of [kBlock, kTile].
 constexpr int64_t block_rows(int64_t channels) { return (kBlock + kSpareRows) * filled(channels, 16); }
+// Of [dim / kPack, kBlock, kPack].
+constexpr int64_t packed_codes(int64_t dim) { return filled(dim, kPack) * kBlock + 2 * kSpareRows; }
 constexpr int64_t kScores = int64_t{kBlock + kSpareRows} * kTile;
 
 // What the backward pass keeps of a tile: x by columns and by rows, dembeds by columns and by panels of 64 columns, numbers of each
@@ -81,8 +83,8 @@ constexpr int64_t gumbel_codebook_prepared(int64_t features, int64_t dim) {
 }
 
 constexpr int64_t gumbel_codebook_forward_scratch(int64_t features, int64_t dim) {
-  return kMostTiles * (tile_columns(features) + tile_columns(dim)) + block_rows(features) + filled(dim, kPack) * kBlock +
-         kSpareRows + kBlock + 2 * kScores;
+  return kMostTiles * (tile_columns(features) + tile_columns(dim)) + block_rows(features) + packed_codes(dim) + kBlock +
+         2 * kScores;
 }
 
 constexpr int64_t gumbel_codebook_backward_scratch(int64_t features, int64_t dim) {

@@ -14,11 +14,6 @@ namespace DALLE_FAST_ISA {
 
 namespace {
 
-template <Choice kValue>
-struct Constant {
-  static constexpr Choice value = kValue;
-};
-
 // A tile as the backward pass keeps it.
 struct Prepared {
   float *x, *x_rows, *dout, *dout_panels, *numbers;
@@ -36,6 +31,12 @@ struct Prepared {
   Vec number(int which, int lane) const { return load(row(which) + lane); }
 };
 
+VecI load_codes(const int32_t* from) {
+  VecI codes;
+  memcpy(&codes, from, sizeof(codes));
+  return codes;
+}
+
 struct Codes {
   int64_t first, count;
   float *weight, *codebook, *bias;
@@ -48,14 +49,17 @@ struct Codes {
   }
 };
 
-// [kBlock, kTile] each: logits, of which the gradient takes the place; weights of the mixture; products with dembeds.
+// [kBlock, kTile] each: logits, of which the gradient takes the place; noise, and then weights of the mixture; products with
+// dembeds.
 struct Scores {
   float *logits, *weights, *products;
 };
 
-void multiply_scores(const GumbelCodebook& op, const Prepared& tile, const Codes& codes, const Scores& scores) {
+void make_scores(const GumbelCodebook& op, const Prepared& tile, const Lanes& lanes, const Codes& codes, const Scores& scores) {
   multiply_long(codes.weight, padded(op.features), tile.x, kTile, op.features, EvenRows{scores.logits, kTile}, codes.count);
   multiply_long(codes.codebook, padded(op.dim), tile.dout, kTile, op.dim, EvenRows{scores.products, kTile}, codes.count);
+  // Reinmax forgets its noise: it knows the choice.
+  if (op.choice != Choice::reinmax) read_noise(op, lanes, codes.first, codes.count, scores.weights);
 }
 
 // Softmaxes of one row in each lane, relative to the maxima of the forward pass.
@@ -76,85 +80,56 @@ struct Weights {
   Vec tempered(Vec l) const { return exp2((l - max) * scale) * tempered_factor; }
 };
 
-// Calls function(lane, i, l, noise) for vectors of rows and codes i of a block. Reinmax forgot its noise: it knows the choice.
-template <Choice kChoice, class Noise, class Start, class Function>
-void each_logit(const Noise& noise, const Codes& codes, const float* logits, const Start& start, const Function& function) {
+// The gradient of the logits in place of the logits, the mixture's weights, and sums of the gradient over rows.
+template <Choice kChoice, bool kDivergence>
+void differentiate(const GumbelCodebook& op, const Prepared& tile, const int32_t* chosen_codes, const Codes& codes,
+                   const Scores& scores, float* dbias) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
-    auto state = start(lane);
-    const auto at = noise.at(lane);
-    for (int64_t quad = 0; quad < codes.count; quad += 4) {
-      Vec drawn[4];
-      if (kChoice != Choice::reinmax) noise.quad(at, codes.first + quad, drawn);
-      for (int64_t i = quad; i < quad + 4 && i < codes.count; ++i) {
-        function(state, lane, i, load(logits + i * kTile + lane) + codes.bias[i], drawn[i - quad]);
+    const Weights weights(op, tile, lane);
+    const Vec delta = tile.number(kDelta, lane), second_delta = tile.number(kSecondDelta, lane);
+    const Vec divergence = tile.number(kDivergenceWeight, lane), expected = tile.number(kExpected, lane);
+    const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
+    for (int64_t i = 0; i < codes.count; ++i) {
+      const int64_t at = i * kTile + lane;
+      const Vec l = load(scores.logits + at) + codes.bias[i], product = load(scores.products + at);
+      Vec gradient, plain{};
+      if (kDivergence || kChoice == Choice::reinmax) plain = weights.plain(l);
+      if (kChoice == Choice::reinmax) {
+        const Vec hard = chosen == static_cast<int32_t>(i) ? broadcast(1.0f) : Vec{};
+        gradient = (hard + weights.tempered(l)) * (product - delta) - plain * 0.5f * (product - second_delta);
+      } else {
+        const Vec weight = weights.noisy(l + load(scores.weights + at));
+        if (kChoice == Choice::soft) store(scores.weights + at, weight);
+        gradient = weight * (product - delta) * op.inverse_temperature;
       }
+      if (kDivergence) gradient += divergence * plain * (l - weights.max - expected);
+      store(scores.logits + at, gradient);
+      store(dbias + i * kWidth, load(dbias + i * kWidth) + gradient);
     }
   }
 }
 
-// The gradient of the logits in place of the logits, the mixture's weights, and sums of the gradient over rows.
-template <Choice kChoice, bool kDivergence, class Noise>
-void differentiate(const GumbelCodebook& op, const Prepared& tile, const Noise& noise, const int32_t* chosen,
-                   const Codes& codes, const Scores& scores, float* dbias) {
-  struct State {
-    Weights weights;
-    Vec delta, second_delta, divergence, expected;
-    VecI chosen;
-  };
-  const auto start = [&](int lane) {
-    State state{Weights(op, tile, lane), tile.number(kDelta, lane), tile.number(kSecondDelta, lane),
-                tile.number(kDivergenceWeight, lane), tile.number(kExpected, lane), VecI{}};
-    memcpy(&state.chosen, chosen + lane, sizeof(state.chosen));
-    return state;
-  };
-  each_logit<kChoice>(noise, codes, scores.logits, start, [&](const State& state, int lane, int64_t i, Vec l, Vec drawn) {
-    const int64_t at = i * kTile + lane;
-    const Vec product = load(scores.products + at);
-    Vec gradient, plain{};
-    if (kDivergence || kChoice == Choice::reinmax) plain = state.weights.plain(l);
-    if (kChoice == Choice::reinmax) {
-      const Vec hard = state.chosen == static_cast<int32_t>(codes.first + i) ? broadcast(1.0f) : Vec{};
-      gradient = (hard + state.weights.tempered(l)) * (product - state.delta) -
-                 plain * 0.5f * (product - state.second_delta);
-    } else {
-      const Vec weight = state.weights.noisy(l + drawn);
-      if (kChoice == Choice::soft) store(scores.weights + at, weight);
-      gradient = weight * (product - state.delta) * op.inverse_temperature;
-    }
-    if (kDivergence) gradient += state.divergence * plain * (l - state.weights.max - state.expected);
-    store(scores.logits + at, gradient);
-    store(dbias + i * kWidth, load(dbias + i * kWidth) + gradient);
-  });
-}
-
 // Sums over a block's codes of the weights times the products, added to the deltas.
-template <Choice kChoice, class Noise>
-void add_deltas(const GumbelCodebook& op, const Prepared& tile, const Noise& noise, const int32_t* chosen,
-                const Codes& codes, const Scores& scores) {
-  struct State {
-    Weights weights;
-    VecI chosen;
-    float *delta, *second;
-  };
-  alignas(64) float sums[2][kTile] = {};
-  const auto start = [&](int lane) {
-    State state{Weights(op, tile, lane), VecI{}, sums[0] + lane, sums[1] + lane};
-    memcpy(&state.chosen, chosen + lane, sizeof(state.chosen));
-    return state;
-  };
-  each_logit<kChoice>(noise, codes, scores.logits, start, [&](const State& state, int lane, int64_t i, Vec l, Vec drawn) {
-    const Vec product = load(scores.products + i * kTile + lane);
-    if (kChoice == Choice::reinmax) {
-      const Vec hard = state.chosen == static_cast<int32_t>(codes.first + i) ? broadcast(0.5f) : Vec{};
-      store(state.delta, multiply_add(hard + state.weights.tempered(l) * 0.5f, product, load(state.delta)));
-      store(state.second, multiply_add(state.weights.plain(l), product, load(state.second)));
-    } else {
-      store(state.delta, multiply_add(state.weights.noisy(l + drawn), product, load(state.delta)));
-    }
-  });
+template <bool kReinmax>
+void add_deltas(const GumbelCodebook& op, const Prepared& tile, const int32_t* chosen_codes, const Codes& codes,
+                const Scores& scores) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
-    store(tile.row(kDelta) + lane, tile.number(kDelta, lane) + load(sums[0] + lane));
-    store(tile.row(kSecondDelta) + lane, tile.number(kSecondDelta, lane) + load(sums[1] + lane));
+    const Weights weights(op, tile, lane);
+    const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
+    Vec delta{}, second_delta{};
+    for (int64_t i = 0; i < codes.count; ++i) {
+      const int64_t at = i * kTile + lane;
+      const Vec l = load(scores.logits + at) + codes.bias[i], product = load(scores.products + at);
+      if (kReinmax) {
+        const Vec hard = chosen == static_cast<int32_t>(i) ? broadcast(0.5f) : Vec{};
+        delta = multiply_add(hard + weights.tempered(l) * 0.5f, product, delta);
+        second_delta = multiply_add(weights.plain(l), product, second_delta);
+      } else {
+        delta = multiply_add(weights.noisy(l + load(scores.weights + at)), product, delta);
+      }
+    }
+    store(tile.row(kDelta) + lane, tile.number(kDelta, lane) + delta);
+    store(tile.row(kSecondDelta) + lane, tile.number(kSecondDelta, lane) + second_delta);
   }
 }
 
@@ -212,24 +187,17 @@ void write_rows(const float* from, int64_t from_width, int64_t rows, int64_t wid
   }
 }
 
-template <class Noise>
-void differentiate(const GumbelCodebook& op, const Prepared& tile, const Noise& noise, const ChosenCodes& chosen,
-                   const Codes& codes, const Scores& scores, float* dbias) {
-  const auto with_divergence = [&](auto choice) {
-    constexpr Choice kChoice = decltype(choice)::value;
-    if (op.dkl != 0) {
-      differentiate<kChoice, true>(op, tile, noise, chosen.code, codes, scores, dbias);
-    } else {
-      differentiate<kChoice, false>(op, tile, noise, chosen.code, codes, scores, dbias);
-    }
-  };
+using Differentiate = decltype(&differentiate<Choice::soft, false>);
+
+Differentiate how_to_differentiate(const GumbelCodebook& op) {
+  const bool divergence = op.dkl != 0;
   switch (op.choice) {
-    case Choice::soft:
-      return with_divergence(Constant<Choice::soft>{});
     case Choice::straight_through:
-      return with_divergence(Constant<Choice::straight_through>{});
+      return divergence ? differentiate<Choice::straight_through, true> : differentiate<Choice::straight_through, false>;
     case Choice::reinmax:
-      return with_divergence(Constant<Choice::reinmax>{});
+      return divergence ? differentiate<Choice::reinmax, true> : differentiate<Choice::reinmax, false>;
+    default:
+      return divergence ? differentiate<Choice::soft, true> : differentiate<Choice::soft, false>;
   }
 }
 
@@ -250,7 +218,7 @@ void gumbel_codebook_prepare(const GumbelCodebook& op, int64_t tile, float* memo
     transpose(prepared.dout + d * kTile, kTile, dim - d < 64 ? dim - d : 64, kTile, prepared.dout_panels + d * kTile, 64);
   }
   for (int lane = 0; lane < kTile; ++lane) {
-    const int64_t row = lanes.first + (lane < lanes.count ? lane : lanes.count - 1);
+    const int64_t row = lanes.row(lane);
     for (int s = 0; s < kStatistics; ++s) prepared.row(s)[lane] = op.statistics[s * op.rows() + row];
     prepared.row(kDivergenceWeight)[lane] = lane < lanes.count ? op.dkl : 0.0f;
   }
@@ -287,14 +255,12 @@ void gumbel_codebook_deltas(const GumbelCodebook& op, int64_t first, int64_t cou
       const Prepared tile(op, prepared + t * gumbel_codebook_prepared(op.features, op.dim));
       const Lanes lanes(op, first + t);
       const ChosenCodes chosen(op, lanes);
-      multiply_scores(op, tile, codes, scores);
-      with_noise(op, lanes, [&](const auto& noise) {
-        if (op.choice == Choice::reinmax) {
-          add_deltas<Choice::reinmax>(op, tile, noise, chosen.code, codes, scores);
-        } else {
-          add_deltas<Choice::straight_through>(op, tile, noise, chosen.code, codes, scores);
-        }
-      });
+      make_scores(op, tile, lanes, codes, scores);
+      if (op.choice == Choice::reinmax) {
+        add_deltas<true>(op, tile, chosen.code, codes, scores);
+      } else {
+        add_deltas<false>(op, tile, chosen.code, codes, scores);
+      }
     }
   }
 }
@@ -309,6 +275,7 @@ void gumbel_codebook_slice(const GumbelCodebook& op, int64_t first, const CodeSl
   const CodeGradients gradients{arena.take(block_rows(op.features)), arena.take(block_rows(op.dim)),
                                 arena.take(kBlock * kWidth)};
   const Scores scores{arena.take(kScores), arena.take(kScores), arena.take(kScores)};
+  const Differentiate differentiate = how_to_differentiate(op);
   for (int64_t code = slice.first_code; code < slice.last_code; code += kBlock) {
     codes.read(op, code);
     clear(gradients.weight, block_rows(op.features));
@@ -318,8 +285,8 @@ void gumbel_codebook_slice(const GumbelCodebook& op, int64_t first, const CodeSl
       const Prepared tile(op, const_cast<float*>(slice.prepared) + t * gumbel_codebook_prepared(op.features, op.dim));
       const Lanes lanes(op, first + t);
       const ChosenCodes chosen(op, lanes);
-      multiply_scores(op, tile, codes, scores);
-      with_noise(op, lanes, [&](const auto& noise) { differentiate(op, tile, noise, chosen, codes, scores, gradients.bias); });
+      make_scores(op, tile, lanes, codes, scores);
+      differentiate(op, tile, chosen.code, codes, scores, gradients.bias);
       add_gradients(op, tile, codes, scores, gradients, slice.dx + t * tile_columns(op.features), code == slice.first_code);
       if (op.choice != Choice::soft) add_chosen(op, tile, chosen, codes, gradients.codebook);
     }

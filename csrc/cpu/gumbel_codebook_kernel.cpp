@@ -48,26 +48,20 @@ struct Largest {
 struct Block {
   int64_t first, count;  // codes
   const float* bias;
-  float *logits, *noisy;  // [kBlock, kTile]: products in, l and l + n out; then the weights in place of l + n
+  float *logits, *noisy;  // [kBlock, kTile]: products, then l; noise, then l + n, then the weights
 };
 
-// l and l + n of a block, and their maxima.
-template <class Noise>
-void add_noise(const Noise& noise, const Block& block, Running& rows) {
+// l in place of the products, l + n in place of the noise, and their maxima.
+void add_noise(const Block& block, Running& rows) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
-    const auto at = noise.at(lane);
     Largest plain(rows.max + lane, rows.nearest + lane), noisy(rows.noisy_max + lane, rows.noisy + lane);
-    for (int64_t quad = 0; quad < block.count; quad += 4) {
-      Vec drawn[4];
-      noise.quad(at, block.first + quad, drawn);
-      for (int64_t i = 0; i < 4 && quad + i < block.count; ++i) {
-        float* const logit = block.logits + (quad + i) * kTile + lane;
-        const Vec l = load(logit) + block.bias[quad + i], with_noise = l + drawn[i];
-        store(logit, l);
-        store(block.noisy + (quad + i) * kTile + lane, with_noise);
-        plain.take(l, block.first + quad + i);
-        noisy.take(with_noise, block.first + quad + i);
-      }
+    for (int64_t i = 0; i < block.count; ++i) {
+      float *const logit = block.logits + i * kTile + lane, *const noise = block.noisy + i * kTile + lane;
+      const Vec l = load(logit) + block.bias[i], with_noise = l + load(noise);
+      store(logit, l);
+      store(noise, with_noise);
+      plain.take(l, block.first + i);
+      noisy.take(with_noise, block.first + i);
     }
     plain.keep(rows.max + lane, rows.nearest + lane);
     noisy.keep(rows.noisy_max + lane, rows.noisy + lane);
@@ -128,7 +122,8 @@ void score(const GumbelCodebook& op, const Lanes& lanes, const Block& block, Run
   alignas(64) float noisy_max[kTile], max[kTile], factor[kTile];
   memcpy(noisy_max, rows.noisy_max, sizeof(max));
   memcpy(max, rows.max, sizeof(max));
-  with_noise(op, lanes, [&](const auto& noise) { add_noise(noise, block, rows); });
+  read_noise(op, lanes, block.first, block.count, block.noisy);
+  add_noise(block, rows);
   if (op.choice == Choice::soft) {
     const float scale = kLog2E * op.inverse_temperature;
     soften<true>(block, block.noisy, noisy_max, rows.noisy_max, scale, rows.noisy_sum, rows.factor);
@@ -185,9 +180,9 @@ void write_statistics(const GumbelCodebook& op, const Lanes& lanes, const Runnin
 // Codes so that a product goes over them: [dim / kPack, kBlock, kPack].
 void pack_codes(const GumbelCodebook& op, int64_t first, int64_t count, float* packed) {
   with_elements(op.element, const_cast<void*>(op.codebook), [&](auto* data) {
-    for (int64_t d = 0; d < op.dim; d += kPack) {
-      const int64_t width = op.dim - d < kPack ? op.dim - d : kPack;
-      for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t d = 0; d < op.dim; d += kPack) {
+        const int64_t width = op.dim - d < kPack ? op.dim - d : kPack;
         load_row(data + (first + i) * op.dim + d, width, kPack, packed + d * kBlock + i * kPack);
       }
     }
@@ -210,7 +205,7 @@ void gumbel_codebook_forward(const GumbelCodebook& op, int64_t first, int64_t co
   float* const x = arena.take(kMostTiles * tile_columns(op.features));
   float* const columns = arena.take(kMostTiles * tile_columns(op.dim));
   float* const weight = arena.take(block_rows(op.features));
-  float* const packed = arena.take(filled(op.dim, kPack) * kBlock + kSpareRows);
+  float* const packed = arena.take(packed_codes(op.dim));
   float* const bias = arena.take(kBlock);
   float* const logits = arena.take(kScores);
   float* const noisy = arena.take(kScores);

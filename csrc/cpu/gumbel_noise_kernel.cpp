@@ -19,7 +19,7 @@ void words_at(const GumbelNoise& noise, int64_t row, int64_t code, U64 words[4])
   words[1] = splat(static_cast<uint64_t>(noise.positions[row]));
   words[2] = splat(static_cast<uint64_t>(noise.stream));
   words[3] = U64{};
-  philox4x32(words, seed);
+  philox4x32(words, PhiloxKeys(seed));
 }
 
 void noise_at(const GumbelNoise& noise, int64_t row, int64_t code, float* out) {

@@ -36,22 +36,33 @@ static inline Vec gumbel_float(VecU words) {
   return -log_float(-log_float(u));
 }
 
-// The positions of kWidth rows, those of even and of odd lanes apart: philox.h wants one counter in each 64 bits.
-struct Positions {
-  U64 even, odd;
-  explicit Positions(const uint32_t* from) {
-    memcpy(&even, from, sizeof(even));
-    odd = even >> 32;
+// noise [count, rows]: of codes first .. first + count - 1 (first a multiple of 4, memory for a multiple of 4 of them) at
+// these positions, as many as rows, a multiple of kWidth. Words and logarithms in loops of their own: each is a long chain, and
+// together they leave a processor no room to overlap the next.
+static inline void gumbel_rows(uint64_t seed, uint32_t stream, const uint32_t* positions, int rows, int64_t first,
+                               int64_t count, float* noise) {
+  const PhiloxKeys keys(seed);
+  for (int row = 0; row < rows; row += kWidth) {
+    // philox.h wants one counter in each 64 bits: rows of even and of odd lanes apart.
+    U64 at;
+    memcpy(&at, positions + row, sizeof(at));
+    for (int64_t quad = 0; quad < count; quad += 4) {
+      const U64 block = splat(static_cast<uint64_t>((first + quad) / 4));
+      U64 even[4] = {block, at, splat(uint64_t{stream}), U64{}};
+      U64 odd[4] = {block, at >> 32, splat(uint64_t{stream}), U64{}};
+      philox4x32(even, keys);
+      philox4x32(odd, keys);
+      for (int i = 0; i < 4; ++i) {
+        const U64 words = (even[i] & 0xFFFFFFFFu) | (odd[i] << 32);
+        memcpy(noise + (quad + i) * rows + row, &words, sizeof(words));
+      }
+    }
   }
-};
-
-// noise[i]: of code 4 * quad + i at these positions.
-static inline void gumbel_of_quad(uint64_t seed, uint32_t stream, uint64_t quad, const Positions& positions, Vec noise[4]) {
-  U64 even[4] = {splat(quad), positions.even, splat(uint64_t{stream}), U64{}};
-  U64 odd[4] = {splat(quad), positions.odd, splat(uint64_t{stream}), U64{}};
-  philox4x32(even, seed);
-  philox4x32(odd, seed);
-  for (int i = 0; i < 4; ++i) noise[i] = gumbel_float(reinterpret_cast<VecU>((even[i] & 0xFFFFFFFFu) | (odd[i] << 32)));
+  for (int64_t i = 0; i < count * rows; i += kWidth) {
+    VecU words;
+    memcpy(&words, noise + i, sizeof(words));
+    store(noise + i, gumbel_float(words));
+  }
 }
 
 }  // namespace DALLE_FAST_ISA

@@ -37,6 +37,29 @@ static inline U64 multiply_low_words(U64 a, U64 b) {
 #endif
 }
 
+// The high half of each lane in its low half; the high halves may hold anything. A shuffle: shifts share a port with products.
+static inline U64 high_words(U64 a) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U64>(_mm512_shuffle_epi32(reinterpret_cast<__m512i>(a), _MM_PERM_DDBB));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U64>(_mm256_shuffle_epi32(reinterpret_cast<__m256i>(a), 0xF5));
+#elif defined(__SSE2__)
+  return reinterpret_cast<U64>(_mm_shuffle_epi32(reinterpret_cast<__m128i>(a), 0xF5));
+#else
+  return a >> 32;
+#endif
+}
+
+// a ^ b ^ c
+static inline U64 exclusive_or(U64 a, U64 b, U64 c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U64>(_mm512_ternarylogic_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b),
+                                                         reinterpret_cast<__m512i>(c), 0x96));
+#else
+  return a ^ b ^ c;
+#endif
+}
+
 // Two tables of 16, looked up by one index in 0 .. 15; kept both apart and in pairs, the instruction sets differ in taste.
 struct TwoTables16 {
   alignas(64) double first[16];

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -102,6 +103,59 @@ void drive_nearest_code(int64_t rows, int64_t codes, int64_t width) {
   }
 }
 
+// Multiples of 1/4 between -3/4 and 3/4 in the bytes of one type.
+std::vector<char> quarters(int64_t count, dalle_fast::Element element) {
+  std::vector<char> bytes;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t step = i * 5 % 7 - 3;
+    const float value = 0.25f * static_cast<float>(step);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    constexpr uint16_t kHalves[4] = {0, 0x3400, 0x3800, 0x3A00};
+    if (element == dalle_fast::Element::bfloat16) bits >>= 16;
+    if (element == dalle_fast::Element::float16) bits = kHalves[std::abs(step)] | (step < 0 ? 0x8000 : 0);
+    const char* first = reinterpret_cast<const char*>(&bits);
+    bytes.insert(bytes.end(), first, first + (element == dalle_fast::Element::float32 ? 4 : 2));
+  }
+  return bytes;
+}
+
+// Two samples of 5 x 7 rows, a tile of 64 and one of 6; with the channels of rows side by side or apart.
+void drive_gumbel_codebook(int64_t features, int64_t codes, int64_t dim, dalle_fast::Element element,
+                           dalle_fast::Choice choice, bool apart, bool given) {
+  constexpr int64_t kHeight = 5, kWidth = 7, kPixels = kHeight * kWidth, kRows = 2 * kPixels;
+  std::vector<std::vector<char>> tensors;
+  const auto maps = [&](int64_t channels, dalle_fast::Element of) -> dalle_fast::Maps {
+    tensors.push_back(quarters(kRows * channels, of));
+    const int64_t step_c = apart ? kPixels : 1, step_x = apart ? 1 : channels;
+    return {tensors.back().data(), kPixels * channels, step_c, kWidth * step_x, step_x};
+  };
+  const auto matrix = [&](int64_t count) {
+    tensors.push_back(quarters(count, element));
+    return tensors.back().data();
+  };
+  std::vector<int64_t> nearest(kRows, -1), noisy(kRows, -1), again(kRows, -1);
+  std::vector<float> statistics(dalle_fast::kStatistics * kRows), dweight(codes * features), dbias(codes), dcodebook(codes * dim);
+  dalle_fast::GumbelCodebook op{};
+  op.batch = 2, op.height = kHeight, op.width = kWidth, op.features = features, op.codes = codes, op.dim = dim;
+  op.element = element, op.choice = choice, op.with_kl = 1, op.inverse_temperature = 2.0f, op.threads = kThreads;
+  op.x = maps(features, element), op.weight = matrix(codes * features), op.codebook = matrix(codes * dim);
+  if (given) op.noise = maps(codes, dalle_fast::Element::float32), op.bias = matrix(codes);
+  op.seed = ~uint64_t{0}, op.first_row = (int64_t{1} << 32) - kRows, op.stream = 2;
+  op.embeds = maps(dim, element), op.nearest = nearest.data(), op.noisy = noisy.data(), op.statistics = statistics.data();
+  op.dembeds = maps(dim, element), op.dx = maps(features, element), op.dkl = 0.5f;
+  op.dweight = dweight.data(), op.dbias = dbias.data(), op.dcodebook = dcodebook.data();
+  expect(dalle_fast_gumbel_codebook_forward(&op) == 0, "gumbel_codebook forward");
+  expect(dalle_fast_gumbel_codebook_backward(&op) == 0, "gumbel_codebook backward");
+  op.nearest = again.data();
+  expect(dalle_fast_gumbel_codebook_nearest(&op) == 0, "gumbel_codebook nearest");
+  expect(nearest == again, "the codes without noise are the same in both ways");
+  float sum = 0, size = 0;
+  for (float value : dbias) sum += value, size += std::fabs(value);
+  expect(std::isfinite(size) && std::fabs(sum) <= 1e-4f * (size + 1), "the gradient of a softmax sums to zero");
+  for (int64_t code : noisy) expect(code >= 0 && code < codes, "chosen codes exist");
+}
+
 }  // namespace
 
 int main() {
@@ -115,6 +169,15 @@ int main() {
       }
       for (int64_t codes : {1, 48, 101}) {
         for (int64_t width : {1, 16, 37}) drive_nearest_code(130, codes, width);
+      }
+      for (int64_t sizes : {0, 1, 2}) {
+        const int64_t features[] = {1, 16, 37}, codes[] = {1, 96, 101}, dims[] = {33, 1, 64};
+        for (int32_t element : {0, 1, 2}) {
+          for (int32_t choice : {0, 1, 2}) {
+            drive_gumbel_codebook(features[sizes], codes[sizes], dims[sizes], static_cast<dalle_fast::Element>(element),
+                                  static_cast<dalle_fast::Choice>(choice), sizes == 1, choice == sizes);
+          }
+        }
       }
       for (int64_t width : {1, 6, 16, 33, 64}) {
         for (int32_t element : {0, 1, 2}) {
