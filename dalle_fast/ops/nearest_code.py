@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from dalle_fast import dispatch
-from dalle_fast.native import nearest_code as native
 from dalle_fast.ops.checks import check_one_device, check_one_dtype
-from dalle_fast.ops.support import why_not_cpu
+from dalle_fast.ops.support import auto_avoids_triton, why_not_cpu, why_not_triton
 from dalle_fast.reference import nearest_code as reference
 
 OP = "nearest_code"
+_LAUNCHERS = {"cpu": "dalle_fast.native.nearest_code", "triton": "dalle_fast.kernels.nearest_code"}
 
 
 def _supports_cpu(
@@ -20,18 +23,29 @@ def _supports_cpu(
     return why_not_cpu(device, dtype)
 
 
+def _supports_triton(
+    *, device: str = "cpu", dtype: torch.dtype = torch.float32, n_codes: int = 1, codebook_dim: int = 1
+) -> str | None:
+    return why_not_triton(device, dtype)
+
+
 @torch.library.custom_op("dalle_fast::nearest_code", mutates_args=())
-def _cpu(x: Tensor, codebook: Tensor, normalised: bool) -> Tensor:
-    return native.nearest_code(x, codebook, normalised=normalised)
+def _search(x: Tensor, codebook: Tensor, normalised: bool, impl: str = "cpu") -> Tensor:
+    if not x.shape[:-1].numel():
+        return x.new_empty(x.shape[:-1], dtype=torch.int64)
+    return importlib.import_module(_LAUNCHERS[impl]).nearest_code(x, codebook, normalised=normalised)
 
 
-@_cpu.register_fake
-def _(x: Tensor, codebook: Tensor, normalised: bool) -> Tensor:
+@_search.register_fake
+def _(x: Tensor, codebook: Tensor, normalised: bool, impl: str = "cpu") -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 dispatch.register(OP, "reference", reference.nearest_code)
-dispatch.register(OP, "cpu", _cpu, supports=_supports_cpu, rank=1)
+dispatch.register(OP, "cpu", partial(_search, impl="cpu"), supports=_supports_cpu, rank=1)
+dispatch.register(
+    OP, "triton", partial(_search, impl="triton"), supports=_supports_triton, avoid=auto_avoids_triton, rank=2
+)
 
 
 def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool = False, impl: str = "auto") -> Tensor:
