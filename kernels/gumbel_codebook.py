@@ -75,24 +75,22 @@ def _logits(
     x_offsets,
     stride_x_c,
     in_rows,
-    stride_weight_k,
     quad,
-    n_codes,
-    n_features,
+    N_CODES: tl.constexpr,
+    N_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    CHUNKED_F: tl.constexpr,
 ):
     """The noiseless logits of the four lanes of a block, float32 [BLOCK_M, QUADS] each; LOWEST beyond the last code."""
     lanes = (0.0, 0.0, 0.0, 0.0)
     for lane in tl.static_range(4):
         code = 4 * quad + lane
-        weight = load_codes(weight_ptr, code, stride_weight_k, 0, n_codes, n_features, BLOCK_F)
+        weight = load_codes(weight_ptr, code, 0, N_CODES, N_FEATURES, BLOCK_F)
         logits = products(
-            x, weight, features_ptr, x_offsets, stride_x_c, in_rows, weight_ptr, code, stride_weight_k, n_codes,
-            n_features, BLOCK_F, CHUNKED_F,
+            x, tl.trans(weight), features_ptr, x_offsets, stride_x_c, in_rows, weight_ptr, code, N_CODES,
+            N_FEATURES, BLOCK_F,
         )  # fmt: skip
-        logits += load_bias(bias_ptr, code, n_codes, HAS_BIAS)[None, :]
+        logits += load_bias(bias_ptr, code, N_CODES, HAS_BIAS)[None, :]
         lanes = with_lane(lanes, lane, logits)
     return lanes
 
@@ -120,8 +118,8 @@ def _gumbel_codebook_fwd(
     statistics_ptr,
     features_strides,
     noise_strides,
-    table_strides,
-    shape,
+    pixels,
+    width,
     rate,
     first_row,
     n_rows,
@@ -129,17 +127,18 @@ def _gumbel_codebook_fwd(
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    N_CODES: tl.constexpr,
+    N_FEATURES: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKED_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A tile of rows: codes, noisy codes and statistics [BLOCK_M]; in mode soft embeds [BLOCK_M, BLOCK_D].
 
-    MODE "codes": codes alone. Strides are those of [B, C, h, w]; table_strides (weight, codebook) from code to code.
+    MODE "codes": codes alone. Strides are those of [B, C, h, w]; pixels = h w.
     """
-    n_codes, n_features, dim, pixels, width = shape
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_d = tl.program_id(1) * BLOCK_D
     in_rows = row < n_rows
@@ -147,19 +146,19 @@ def _gumbel_codebook_fwd(
     noise_offsets = row_offsets(row, noise_strides, pixels, width) if HAS_NOISE else x_offsets
     position = first_row + row.to(tl.int64)
     seed = 0 if HAS_NOISE or MODE == "codes" else tl.load(seed_ptr)
-    x = load_rows(features_ptr, x_offsets, features_strides[1], 0, n_features, in_rows, BLOCK_F)
+    x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
 
     plain_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     plain_sum = tl.zeros([BLOCK_M], tl.float32)
     plain_code = tl.zeros([BLOCK_M], tl.int32)
     noisy_max, noisy_sum, noisy_code = plain_max, plain_sum, plain_code
     warm_sum, expected = plain_sum, plain_sum
-    acc = tl.zeros([BLOCK_M, BLOCK_D if MODE == "soft" else 1], tl.float32)
-    for block in range(0, n_codes, BLOCK_N):
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for block in range(0, N_CODES, BLOCK_N):
         quad = block // 4 + tl.arange(0, BLOCK_N // 4)
         logits = _logits(
-            x, features_ptr, weight_ptr, bias_ptr, x_offsets, features_strides[1], in_rows, table_strides[0], quad,
-            n_codes, n_features, HAS_BIAS, BLOCK_F, CHUNKED_F,
+            x, features_ptr, weight_ptr, bias_ptr, x_offsets, features_strides[1], in_rows, quad, N_CODES,
+            N_FEATURES, HAS_BIAS, BLOCK_F,
         )  # fmt: skip
         new_max, plain_code = _best(logits, quad, plain_max, plain_code)
         below = plain_max - new_max
@@ -180,7 +179,7 @@ def _gumbel_codebook_fwd(
             for lane in tl.static_range(4):
                 warm_sum += tl.sum(tl.exp2((logits[lane] - plain_max[:, None]) * rate), axis=1)
         if MODE != "codes":
-            noisy = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, n_codes, in_rows, HAS_NOISE)
+            noisy = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
             for lane in tl.static_range(4):
                 noisy = with_lane(noisy, lane, logits[lane] + noisy[lane])
             new_max, noisy_code = _best(noisy, quad, noisy_max, noisy_code)
@@ -194,15 +193,13 @@ def _gumbel_codebook_fwd(
                     p = tl.exp2((noisy[lane] - noisy_max[:, None]) * rate)
                     noisy_sum += tl.sum(p, axis=1)
                     if MODE == "soft":
-                        entries = load_codes(
-                            codebook_ptr, 4 * quad + lane, table_strides[1], first_d, n_codes, dim, BLOCK_D
-                        )
+                        entries = load_codes(codebook_ptr, 4 * quad + lane, first_d, N_CODES, DIM, BLOCK_D)
                         acc = tl.dot(p.to(entries.dtype), entries, acc, input_precision="ieee")
 
     if MODE == "soft":
         channel = first_d + tl.arange(0, BLOCK_D)
-        pointers = embeds_ptr + row[:, None].to(tl.int64) * dim + channel[None, :]
-        mask = in_rows[:, None] & (channel < dim)[None, :]
+        pointers = embeds_ptr + row[:, None].to(tl.int64) * DIM + channel[None, :]
+        mask = in_rows[:, None] & (channel < DIM)[None, :]
         tl.store(pointers, (acc / noisy_sum[:, None]).to(embeds_ptr.dtype.element_ty), mask=mask)
     if first_d == 0:
         tl.store(codes_ptr + row, plain_code.to(tl.int64), mask=in_rows)
@@ -218,7 +215,7 @@ def _gumbel_codebook_fwd(
             store_statistic(statistics_ptr, WARM_SUM, row, n_rows, warm_sum)
         if WITH_KL:
             expected = expected / plain_sum
-            divergence = expected - tl.log(plain_sum) + tl.log(n_codes.to(tl.float32))
+            divergence = expected - tl.log(plain_sum) + tl.log(tl.full([1], N_CODES, tl.float32))
             store_statistic(statistics_ptr, EXPECTED, row, n_rows, expected)
             store_statistic(statistics_ptr, DIVERGENCE, row, n_rows, divergence)
 
@@ -297,12 +294,11 @@ def _launch(
     sizes: Sizes,
 ) -> None:
     blocks = call.blocks(sizes)
-    del blocks["CHUNKED_D"]
     n_splits = 1 if embeds is None else cdiv(embeds.shape[-1], blocks["BLOCK_D"])
     _gumbel_codebook_fwd[(cdiv(call.n_rows, sizes.block_m), n_splits)](
         call.features, call.weight, call.bias, call.codebook, call.noise, call.seed, embeds, found, noisy_codes,
-        statistics, strides(call.features), strides(call.noise), call.table_strides, call.shape, call.rate,
-        call.first_row, call.n_rows, MODE=call.mode, WITH_KL=with_kl, **call.given, **blocks, BLOCK_M=sizes.block_m,
+        statistics, strides(call.features), strides(call.noise), *call.grid, call.rate,
+        call.first_row, call.n_rows, MODE=call.mode, WITH_KL=with_kl, **call.constants, **blocks, BLOCK_M=sizes.block_m,
         BLOCK_N=sizes.block_n, num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
 

@@ -16,9 +16,9 @@ class Call(NamedTuple):
     """One call, as its kernels see it."""
 
     features: Tensor  # [B, F, h, w]
-    weight: Tensor  # [K, F], unit stride on F
-    bias: Tensor | None  # [K], contiguous
-    codebook: Tensor  # [K, D], unit stride on D
+    weight: Tensor  # [K, F], contiguous as the two below
+    bias: Tensor | None  # [K]
+    codebook: Tensor  # [K, D]
     noise: Tensor | None  # [B, K, h, w]
     seed: Tensor | None  # int64 [1], on the device
     first_row: int
@@ -37,15 +37,10 @@ class Call(NamedTuple):
         return len(self.codebook)
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """K, F, D, and how rows are counted: h w, w."""
-        _, n_features, height, width = self.features.shape
-        return (self.n_codes, n_features, self.codebook.shape[1], height * width, width)
-
-    @property
-    def table_strides(self) -> tuple[int, int]:
-        """From code to code, of weight and codebook."""
-        return (self.weight.stride(0), self.codebook.stride(0))
+    def grid(self) -> tuple[int, int]:
+        """How rows are counted: h w, w."""
+        _, _, height, width = self.features.shape
+        return (height * width, width)
 
     @property
     def rate(self) -> float:
@@ -53,20 +48,20 @@ class Call(NamedTuple):
         return math.log2(math.e) / self.temperature
 
     @property
-    def given(self) -> dict[str, bool]:
-        """Constants of every kernel: which of the optional tensors there are."""
-        return {"HAS_BIAS": self.bias is not None, "HAS_NOISE": self.noise is not None}
-
-    def blocks(self, sizes: Sizes) -> dict[str, int | bool]:
-        """Constants of every kernel: blocks of features and channels, and whether there are several of them."""
-        n_features, dim = self.weight.shape[1], self.codebook.shape[1]
-        block_f, block_d = block_of(n_features, FEATURES_AT_ONCE), block_of(dim, sizes.block_c)
+    def constants(self) -> dict[str, int]:
+        """Constants of every kernel: sizes of the model, and which of the optional tensors there are."""
         return {
-            "BLOCK_F": block_f,
-            "BLOCK_D": block_d,
-            "CHUNKED_F": block_f < n_features,
-            "CHUNKED_D": block_d < dim,
+            "N_CODES": self.n_codes,
+            "N_FEATURES": self.weight.shape[1],
+            "DIM": self.codebook.shape[1],
+            "HAS_BIAS": self.bias is not None,
+            "HAS_NOISE": self.noise is not None,
         }
+
+    def blocks(self, sizes: Sizes) -> dict[str, int]:
+        """Constants of every kernel: features and channels of a block; there may be several."""
+        n_features, dim = self.weight.shape[1], self.codebook.shape[1]
+        return {"BLOCK_F": block_of(n_features, FEATURES_AT_ONCE), "BLOCK_D": block_of(dim, sizes.block_c)}
 
 
 def prepare(
@@ -84,9 +79,9 @@ def prepare(
     """The call of these arguments; see `gumbel_codebook.forward`."""
     return Call(
         features=features,
-        weight=_with_unit_stride(weight),
+        weight=weight.contiguous(),
         bias=None if bias is None else bias.contiguous(),
-        codebook=_with_unit_stride(codebook),
+        codebook=codebook.contiguous(),
         noise=noise,
         seed=None if seed is None else seed.to(features.device, non_blocking=True),
         first_row=first_row,
@@ -108,8 +103,3 @@ def strides(x: Tensor | None) -> tuple[int, ...]:
 def cdiv(n: int, block: int) -> int:
     """How many blocks hold n."""
     return -(-n // block)
-
-
-def _with_unit_stride(table: Tensor) -> Tensor:
-    """table [K, C], copied where its channels do not lie side by side."""
-    return table if table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()

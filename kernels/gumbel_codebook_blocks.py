@@ -28,70 +28,74 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 @triton.jit
 def row_offsets(row, strides, pixels, width):
     """int64, shape of row: where row (b, y, x) of a tensor [B, C, h, w] starts. pixels = h w."""
-    sample = row // pixels
-    pixel = row - sample * pixels
-    y = pixel // width
-    x = pixel - y * width
+    # remainders, not differences: of those the compiler knows that neighbouring rows lie side by side
+    sample, y, x = row // pixels, row % pixels // width, row % width
     return sample.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
 
 
 @triton.jit
-def load_rows(x_ptr, offsets, stride_c, first, n_channels, in_rows, BLOCK_C: tl.constexpr):
-    """[ROWS, BLOCK_C]: channels from `first` on of the rows that start at `offsets`."""
+def load_rows(x_ptr, offsets, stride_c, first, in_rows, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[ROWS, BLOCK_C]: channels from `first`, a multiple of BLOCK_C, on of the rows that start at `offsets`."""
     channel = first + tl.arange(0, BLOCK_C)
     pointers = x_ptr + offsets[:, None] + channel[None, :].to(tl.int64) * stride_c
-    return tl.load(pointers, mask=in_rows[:, None] & (channel < n_channels)[None, :], other=0.0)
+    mask = in_rows[:, None]
+    if N_CHANNELS % BLOCK_C != 0:
+        mask = mask & (channel < N_CHANNELS)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_codes(table_ptr, code, stride_k, first, n_codes, n_channels, BLOCK_C: tl.constexpr):
-    """[CODES, BLOCK_C]: channels from `first` on of the rows `code` of a table [K, C] with unit stride on C."""
+def load_codes(table_ptr, code, first, N_CODES: tl.constexpr, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[CODES, BLOCK_C]: channels from `first`, a multiple of BLOCK_C, on of the rows `code` of a table [K, C]."""
     channel = first + tl.arange(0, BLOCK_C)
-    pointers = table_ptr + code[:, None].to(tl.int64) * stride_k + channel[None, :]
-    return tl.load(pointers, mask=(code < n_codes)[:, None] & (channel < n_channels)[None, :], other=0.0)
+    pointers = table_ptr + code[:, None].to(tl.int64) * N_CHANNELS + channel[None, :]
+    n_blocks = N_CODES // (4 * code.shape[0])
+    if n_blocks * 4 * code.shape[0] == N_CODES and N_CHANNELS % BLOCK_C == 0:
+        table = tl.load(pointers)
+    else:
+        table = tl.load(pointers, mask=(code < N_CODES)[:, None] & (channel < N_CHANNELS)[None, :], other=0.0)
+    return table
 
 
 @triton.jit
 def products(
     x,
-    table,
+    table_t,
     x_ptr,
     offsets,
     stride_c,
     in_rows,
     table_ptr,
     code,
-    stride_k,
-    n_codes,
-    n_channels,
+    N_CODES: tl.constexpr,
+    N_CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    CHUNKED: tl.constexpr,
 ):
     """float32 [ROWS, CODES]: inner products of rows and of codes in a table over all channels.
 
-    x, table: their first BLOCK_C channels, which are all of them unless CHUNKED.
+    x [ROWS, BLOCK_C], table_t [BLOCK_C, CODES]: the first channels, which may be all of them.
     """
-    result = tl.dot(x, tl.trans(table), input_precision="ieee")
-    if CHUNKED:
-        for first in range(BLOCK_C, n_channels, BLOCK_C):
-            x_chunk = load_rows(x_ptr, offsets, stride_c, first, n_channels, in_rows, BLOCK_C)
-            table_chunk = load_codes(table_ptr, code, stride_k, first, n_codes, n_channels, BLOCK_C)
+    result = tl.dot(x, table_t, input_precision="ieee")
+    if BLOCK_C < N_CHANNELS:
+        for first in range(BLOCK_C, N_CHANNELS, BLOCK_C):
+            x_chunk = load_rows(x_ptr, offsets, stride_c, first, in_rows, N_CHANNELS, BLOCK_C)
+            table_chunk = load_codes(table_ptr, code, first, N_CODES, N_CHANNELS, BLOCK_C)
             result = tl.dot(x_chunk, tl.trans(table_chunk), result, input_precision="ieee")
     return result
 
 
 @triton.jit
-def load_bias(bias_ptr, code, n_codes, HAS_BIAS: tl.constexpr):
+def load_bias(bias_ptr, code, N_CODES: tl.constexpr, HAS_BIAS: tl.constexpr):
     """float32, shape of code: what is added to a product to make a logit; LOWEST beyond the last code."""
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + code, mask=code < n_codes, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + code, mask=code < N_CODES, other=0.0).to(tl.float32)
     else:
         bias = tl.zeros(code.shape, tl.float32)
-    return tl.where(code < n_codes, bias, LOWEST)
+    return tl.where(code < N_CODES, bias, LOWEST)
 
 
 @triton.jit
-def draw(noise_ptr, seed, offsets, stride_k, position, quad, n_codes, in_rows, HAS_NOISE: tl.constexpr):
+def draw(noise_ptr, seed, offsets, stride_k, position, quad, in_rows, N_CODES: tl.constexpr, HAS_NOISE: tl.constexpr):
     """The noise of the four lanes of a block, float32 [ROWS, QUADS] each.
 
     HAS_NOISE: read from a tensor whose rows start at `offsets` [ROWS]; else drawn at `position` [ROWS], int64.
@@ -99,7 +103,7 @@ def draw(noise_ptr, seed, offsets, stride_k, position, quad, n_codes, in_rows, H
     if HAS_NOISE:
         lanes = (0.0, 0.0, 0.0, 0.0)
         for lane in tl.static_range(4):
-            noise = _lane_noise(noise_ptr, offsets, stride_k, 4 * quad + lane, n_codes, in_rows)
+            noise = _lane_noise(noise_ptr, offsets, stride_k, 4 * quad + lane, in_rows, N_CODES)
             lanes = with_lane(lanes, lane, noise)
     else:
         lanes = words(seed, quad[None, :], position[:, None], STREAM)
@@ -109,9 +113,9 @@ def draw(noise_ptr, seed, offsets, stride_k, position, quad, n_codes, in_rows, H
 
 
 @triton.jit
-def _lane_noise(noise_ptr, offsets, stride_k, code, n_codes, in_rows):
+def _lane_noise(noise_ptr, offsets, stride_k, code, in_rows, N_CODES: tl.constexpr):
     pointers = noise_ptr + offsets[:, None] + code[None, :].to(tl.int64) * stride_k
-    return tl.load(pointers, mask=in_rows[:, None] & (code < n_codes)[None, :], other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=in_rows[:, None] & (code < N_CODES)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -154,8 +158,7 @@ def first_code_at(lanes, value, quad):
     """int32 [ROWS]: the lowest code of a block whose number in its lane is `value` [ROWS]; NO_CODE without one."""
     code = tl.full(lanes[0].shape, NO_CODE, tl.int32)
     for back in tl.static_range(4):
-        lane: tl.constexpr = 3 - back
-        code = tl.where(lanes[lane] == value[:, None], 4 * quad[None, :] + lane, code)
+        code = tl.where(lanes[3 - back] == value[:, None], 4 * quad[None, :] + (3 - back), code)
     return tl.min(code, axis=1)
 
 

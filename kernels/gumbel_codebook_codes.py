@@ -89,8 +89,8 @@ def _gumbel_codebook_bwd_weight(
     features_strides,
     noise_strides,
     do_strides,
-    table_strides,
-    shape,
+    pixels,
+    width,
     rate,
     per_temperature,
     first_row,
@@ -100,15 +100,15 @@ def _gumbel_codebook_bwd_weight(
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    N_CODES: tl.constexpr,
+    N_FEATURES: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKED_F: tl.constexpr,
-    CHUNKED_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dweight [BLOCK_N, BLOCK_F] and dbias [BLOCK_N] of a tile of codes over a slice of rows: parts [slices, K, *]."""
-    n_codes, n_features, dim, pixels, width = shape
     QUADS: tl.constexpr = BLOCK_N // 4
     quad = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
     n_slice = tl.program_id(1).to(tl.int64)
@@ -121,13 +121,14 @@ def _gumbel_codebook_bwd_weight(
     zero = tl.zeros([QUADS], tl.float32)
     dbiases = (zero, zero, zero, zero)
     weights, entries, biases = (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0), dbiases
+    # transposed here: what is transposed in the loop is copied into shared memory there, too
     for lane in tl.static_range(4):
         code = 4 * quad + lane
-        value = load_codes(weight_ptr, code, table_strides[0], 0, n_codes, n_features, BLOCK_F)
-        weights = with_lane(weights, lane, value)
-        value = load_codes(codebook_ptr, code, table_strides[1], 0, n_codes, dim, BLOCK_D)
-        entries = with_lane(entries, lane, value)
-        biases = with_lane(biases, lane, load_bias(bias_ptr, code, n_codes, HAS_BIAS))
+        weight = load_codes(weight_ptr, code, 0, N_CODES, N_FEATURES, BLOCK_F)
+        weights = with_lane(weights, lane, tl.trans(weight))
+        entry = load_codes(codebook_ptr, code, 0, N_CODES, DIM, BLOCK_D)
+        entries = with_lane(entries, lane, tl.trans(entry))
+        biases = with_lane(biases, lane, load_bias(bias_ptr, code, N_CODES, HAS_BIAS))
 
     begin = tl.program_id(1) * slice_rows
     for first in range(begin, tl.minimum(n_rows, begin + slice_rows), BLOCK_M):
@@ -135,8 +136,8 @@ def _gumbel_codebook_bwd_weight(
         in_rows = row < n_rows
         x_offsets = row_offsets(row, features_strides, pixels, width)
         do_offsets = row_offsets(row, do_strides, pixels, width)
-        x = load_rows(features_ptr, x_offsets, features_strides[1], 0, n_features, in_rows, BLOCK_F)
-        do = load_rows(do_ptr, do_offsets, do_strides[1], 0, dim, in_rows, BLOCK_D)
+        x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
+        do = load_rows(do_ptr, do_offsets, do_strides[1], 0, in_rows, DIM, BLOCK_D)
         main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(statistics_ptr, row, n_rows, MODE, WITH_KL)
         centre = tl.load(means_ptr + row, mask=in_rows, other=0.0)
         main_mean = tl.load(means_ptr + n_rows + row, mask=in_rows, other=0.0)
@@ -146,39 +147,39 @@ def _gumbel_codebook_bwd_weight(
         if MODE != "reinmax":
             noise_offsets = row_offsets(row, noise_strides, pixels, width) if HAS_NOISE else x_offsets
             position = first_row + row.to(tl.int64)
-            noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, n_codes, in_rows, HAS_NOISE)
+            noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
         x_there = x
-        if CHUNKED_F:
-            x_there = load_rows(features_ptr, x_offsets, features_strides[1], first_f, n_features, in_rows, BLOCK_F)
+        if BLOCK_F < N_FEATURES:
+            x_there = load_rows(features_ptr, x_offsets, features_strides[1], first_f, in_rows, N_FEATURES, BLOCK_F)
         for lane in tl.static_range(4):
             code = 4 * quad + lane
             logits = products(
                 x, weights[lane], features_ptr, x_offsets, features_strides[1], in_rows, weight_ptr, code,
-                table_strides[0], n_codes, n_features, BLOCK_F, CHUNKED_F,
+                N_CODES, N_FEATURES, BLOCK_F,
             )  # fmt: skip
             logits += biases[lane][None, :]
             g = products(
-                do, entries[lane], do_ptr, do_offsets, do_strides[1], in_rows, codebook_ptr, code, table_strides[1],
-                n_codes, dim, BLOCK_D, CHUNKED_D,
+                do, entries[lane], do_ptr, do_offsets, do_strides[1], in_rows, codebook_ptr, code, N_CODES, DIM,
+                BLOCK_D,
             )  # fmt: skip
             dlogits = _lane_gradients(
                 logits, g, noises[lane], code, chosen, main_max, main_sum, plain_max, plain_sum, expected, dkl,
                 centre, main_mean, plain_mean, rate, per_temperature, MODE, WITH_KL,
             )  # fmt: skip
-            value = tl.dot(tl.trans(x_there), dlogits.to(x.dtype), dweights[lane], input_precision="ieee")
-            dweights = with_lane(dweights, lane, value)
+            dweight = tl.dot(tl.trans(x_there), dlogits.to(x.dtype), dweights[lane], input_precision="ieee")
+            dweights = with_lane(dweights, lane, dweight)
             dbiases = with_lane(dbiases, lane, dbiases[lane] + tl.sum(dlogits, axis=0))
 
     feature = first_f + tl.arange(0, BLOCK_F)
-    dweight_ptr += n_slice * n_codes * n_features
-    dbias_ptr += n_slice * n_codes
+    dweight_ptr += n_slice * N_CODES * N_FEATURES
+    dbias_ptr += n_slice * N_CODES
     for lane in tl.static_range(4):
         code = 4 * quad + lane
-        pointers = dweight_ptr + code[None, :].to(tl.int64) * n_features + feature[:, None]
-        mask = (feature < n_features)[:, None] & (code < n_codes)[None, :]
+        pointers = dweight_ptr + code[None, :].to(tl.int64) * N_FEATURES + feature[:, None]
+        mask = (feature < N_FEATURES)[:, None] & (code < N_CODES)[None, :]
         tl.store(pointers, dweights[lane].to(dweight_ptr.dtype.element_ty), mask=mask)
         if first_f == 0:
-            tl.store(dbias_ptr + code, dbiases[lane].to(dbias_ptr.dtype.element_ty), mask=code < n_codes)
+            tl.store(dbias_ptr + code, dbiases[lane].to(dbias_ptr.dtype.element_ty), mask=code < N_CODES)
 
 
 @unspecialised("first_row", "n_rows", "slice_rows")
@@ -195,22 +196,23 @@ def _gumbel_codebook_bwd_mixture(
     features_strides,
     noise_strides,
     do_strides,
-    table_strides,
-    shape,
+    pixels,
+    width,
     rate,
     first_row,
     n_rows,
     slice_rows,
     HAS_BIAS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    N_CODES: tl.constexpr,
+    N_FEATURES: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKED_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dcodebook [BLOCK_N, BLOCK_D] of a tile of codes over a slice of rows, soft mode: parts [slices, K, D]."""
-    n_codes, n_features, dim, pixels, width = shape
     QUADS: tl.constexpr = BLOCK_N // 4
     quad = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
     n_slice = tl.program_id(1).to(tl.int64)
@@ -222,11 +224,12 @@ def _gumbel_codebook_bwd_mixture(
     weights = (0.0, 0.0, 0.0, 0.0)
     zero = tl.zeros([QUADS], tl.float32)
     biases = (zero, zero, zero, zero)
+    # transposed here: what is transposed in the loop is copied into shared memory there, too
     for lane in tl.static_range(4):
         code = 4 * quad + lane
-        value = load_codes(weight_ptr, code, table_strides[0], 0, n_codes, n_features, BLOCK_F)
-        weights = with_lane(weights, lane, value)
-        biases = with_lane(biases, lane, load_bias(bias_ptr, code, n_codes, HAS_BIAS))
+        weight = load_codes(weight_ptr, code, 0, N_CODES, N_FEATURES, BLOCK_F)
+        weights = with_lane(weights, lane, tl.trans(weight))
+        biases = with_lane(biases, lane, load_bias(bias_ptr, code, N_CODES, HAS_BIAS))
 
     begin = tl.program_id(1) * slice_rows
     for first in range(begin, tl.minimum(n_rows, begin + slice_rows), BLOCK_M):
@@ -235,27 +238,27 @@ def _gumbel_codebook_bwd_mixture(
         x_offsets = row_offsets(row, features_strides, pixels, width)
         do_offsets = row_offsets(row, do_strides, pixels, width)
         noise_offsets = row_offsets(row, noise_strides, pixels, width) if HAS_NOISE else x_offsets
-        x = load_rows(features_ptr, x_offsets, features_strides[1], 0, n_features, in_rows, BLOCK_F)
-        do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, dim, in_rows, BLOCK_D)
+        x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
+        do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, in_rows, DIM, BLOCK_D)
         main_max, main_sum, _, _, _ = load_softmaxes(statistics_ptr, row, n_rows, "soft", False)
         position = first_row + row.to(tl.int64)
-        noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, n_codes, in_rows, HAS_NOISE)
+        noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
         for lane in tl.static_range(4):
             logits = products(
                 x, weights[lane], features_ptr, x_offsets, features_strides[1], in_rows, weight_ptr, 4 * quad + lane,
-                table_strides[0], n_codes, n_features, BLOCK_F, CHUNKED_F,
+                N_CODES, N_FEATURES, BLOCK_F,
             )  # fmt: skip
             logits += biases[lane][None, :]
             p = tl.exp2((logits + noises[lane] - main_max[:, None]) * rate) / main_sum[:, None]
-            value = tl.dot(tl.trans(do), p.to(do.dtype), dentries[lane], input_precision="ieee")
-            dentries = with_lane(dentries, lane, value)
+            dentry = tl.dot(tl.trans(do), p.to(do.dtype), dentries[lane], input_precision="ieee")
+            dentries = with_lane(dentries, lane, dentry)
 
     channel = first_d + tl.arange(0, BLOCK_D)
-    dcodebook_ptr += n_slice * n_codes * dim
+    dcodebook_ptr += n_slice * N_CODES * DIM
     for lane in tl.static_range(4):
         code = 4 * quad + lane
-        pointers = dcodebook_ptr + code[None, :].to(tl.int64) * dim + channel[:, None]
-        mask = (channel < dim)[:, None] & (code < n_codes)[None, :]
+        pointers = dcodebook_ptr + code[None, :].to(tl.int64) * DIM + channel[:, None]
+        mask = (channel < DIM)[:, None] & (code < N_CODES)[None, :]
         tl.store(pointers, dentries[lane].to(dcodebook_ptr.dtype.element_ty), mask=mask)
 
 
@@ -268,8 +271,11 @@ def _gumbel_codebook_bwd_chosen(
     bounds_ptr,
     dcodebook_ptr,
     do_strides,
-    shape,
+    pixels,
+    width,
     n_rows,
+    N_CODES: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -278,7 +284,6 @@ def _gumbel_codebook_bwd_chosen(
 
     order_ptr [M]: the rows, sorted by their code; sorted_ptr [M]: those codes; bounds_ptr: where the tiles begin there.
     """
-    n_codes, _, dim, pixels, width = shape
     tile = tl.program_id(0)
     code = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     first_d = tl.program_id(1) * BLOCK_D
@@ -290,12 +295,12 @@ def _gumbel_codebook_bwd_chosen(
         row = tl.load(order_ptr + place, mask=present, other=0).to(tl.int32)
         chosen = tl.load(sorted_ptr + place, mask=present, other=-1)
         do_offsets = row_offsets(row, do_strides, pixels, width)
-        do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, dim, present, BLOCK_D)
+        do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, present, DIM, BLOCK_D)
         one_hot = (chosen[:, None] == code[None, :]).to(do.dtype)
         dentries = tl.dot(tl.trans(do), one_hot, dentries, input_precision="ieee")
     channel = first_d + tl.arange(0, BLOCK_D)
-    pointers = dcodebook_ptr + code[None, :].to(tl.int64) * dim + channel[:, None]
-    mask = (channel < dim)[:, None] & (code < n_codes)[None, :]
+    pointers = dcodebook_ptr + code[None, :].to(tl.int64) * DIM + channel[:, None]
+    mask = (channel < DIM)[:, None] & (code < N_CODES)[None, :]
     tl.store(pointers, dentries.to(dcodebook_ptr.dtype.element_ty), mask=mask)
 
 
@@ -316,9 +321,9 @@ def launch_weight(
     dbias = _parts(call.weight, n_slices)
     _gumbel_codebook_bwd_weight[(n_tiles, n_slices, n_splits)](
         call.features, call.weight, call.bias, call.codebook, call.noise, call.seed, dembeds, noisy_codes, statistics,
-        means, dkl, dweight, dbias, strides(call.features), strides(call.noise), strides(dembeds), call.table_strides,
-        call.shape, call.rate, 1 / call.temperature, call.first_row, call.n_rows, slice_rows, MODE=call.mode,
-        WITH_KL=dkl is not None, **call.given, **blocks, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
+        means, dkl, dweight, dbias, strides(call.features), strides(call.noise), strides(dembeds), *call.grid,
+        call.rate, 1 / call.temperature, call.first_row, call.n_rows, slice_rows, MODE=call.mode,
+        WITH_KL=dkl is not None, **call.constants, **blocks, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
         num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
     dbias = _sum(dbias, call.weight.dtype)
@@ -336,17 +341,16 @@ def launch_codebook(dembeds: Tensor, noisy_codes: Tensor, statistics: Tensor, ca
         bounds = torch.searchsorted(codes, starts)
         dcodebook = call.codebook.new_empty(call.n_codes, dim)
         _gumbel_codebook_bwd_chosen[(n_tiles, n_splits)](
-            dembeds, codes, order, bounds, dcodebook, strides(dembeds), call.shape, call.n_rows,
-            BLOCK_D=blocks["BLOCK_D"], **options, num_stages=sizes.num_stages,
+            dembeds, codes, order, bounds, dcodebook, strides(dembeds), *call.grid, call.n_rows,
+            N_CODES=call.n_codes, DIM=dim, BLOCK_D=blocks["BLOCK_D"], **options, num_stages=sizes.num_stages,
         )  # fmt: skip
         return dcodebook
     n_slices, slice_rows = _slices(call.n_rows, n_tiles * n_splits, sizes.block_m)
     dcodebook = _parts(call.codebook, n_slices, dim)
-    del blocks["CHUNKED_D"]
     _gumbel_codebook_bwd_mixture[(n_tiles, n_slices, n_splits)](
         call.features, call.weight, call.bias, call.noise, call.seed, dembeds, statistics, dcodebook,
-        strides(call.features), strides(call.noise), strides(dembeds), call.table_strides, call.shape, call.rate,
-        call.first_row, call.n_rows, slice_rows, **call.given, **blocks, **options, num_stages=sizes.num_stages,
+        strides(call.features), strides(call.noise), strides(dembeds), *call.grid, call.rate,
+        call.first_row, call.n_rows, slice_rows, **call.constants, **blocks, **options, num_stages=sizes.num_stages,
     )  # fmt: skip
     return _sum(dcodebook, call.codebook.dtype)
 

@@ -59,35 +59,33 @@ def _visit_lane(
     in_rows,
     stride_x_c,
     stride_do_c,
-    table_strides,
     first_f,
-    shape,
     rate,
     per_temperature,
     MODE: tl.constexpr,
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    N_CODES: tl.constexpr,
+    N_FEATURES: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKED_F: tl.constexpr,
-    CHUNKED_D: tl.constexpr,
 ):
     """One lane of codes [QUADS] joins the sums over codes: see `_gumbel_codebook_bwd_rows`."""
-    n_codes, n_features, dim, _, _ = shape
-    weight = load_codes(weight_ptr, code, table_strides[0], 0, n_codes, n_features, BLOCK_F)
-    entries = load_codes(codebook_ptr, code, table_strides[1], 0, n_codes, dim, BLOCK_D)
+    weight = load_codes(weight_ptr, code, 0, N_CODES, N_FEATURES, BLOCK_F)
+    entries = load_codes(codebook_ptr, code, 0, N_CODES, DIM, BLOCK_D)
     logits = products(
-        x, weight, features_ptr, x_offsets, stride_x_c, in_rows, weight_ptr, code, table_strides[0], n_codes,
-        n_features, BLOCK_F, CHUNKED_F,
+        x, tl.trans(weight), features_ptr, x_offsets, stride_x_c, in_rows, weight_ptr, code, N_CODES,
+        N_FEATURES, BLOCK_F,
     )  # fmt: skip
-    logits += load_bias(bias_ptr, code, n_codes, HAS_BIAS)[None, :]  # [BLOCK_M, QUADS]
+    logits += load_bias(bias_ptr, code, N_CODES, HAS_BIAS)[None, :]  # [BLOCK_M, QUADS]
     g = products(
-        do, entries, do_ptr, do_offsets, stride_do_c, in_rows, codebook_ptr, code, table_strides[1], n_codes, dim,
-        BLOCK_D, CHUNKED_D,
+        do, tl.trans(entries), do_ptr, do_offsets, stride_do_c, in_rows, codebook_ptr, code, N_CODES, DIM,
+        BLOCK_D,
     )  # fmt: skip
     g -= centre[:, None]
-    if CHUNKED_F:  # the features whose gradient this program forms
-        weight = load_codes(weight_ptr, code, table_strides[0], first_f, n_codes, n_features, BLOCK_F)
+    if BLOCK_F < N_FEATURES:  # the features whose gradient this program forms
+        weight = load_codes(weight_ptr, code, first_f, N_CODES, N_FEATURES, BLOCK_F)
     if MODE == "reinmax":
         main = tl.exp2((logits - main_max[:, None]) * rate) / main_sum[:, None]
         # exactly 0 where rounding would leave a little
@@ -129,8 +127,8 @@ def _gumbel_codebook_bwd_rows(
     noise_strides,
     do_strides,
     embeds_strides,
-    table_strides,
-    shape,
+    pixels,
+    width,
     rate,
     per_temperature,
     first_row,
@@ -139,18 +137,18 @@ def _gumbel_codebook_bwd_rows(
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    N_CODES: tl.constexpr,
+    N_FEATURES: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKED_F: tl.constexpr,
-    CHUNKED_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dfeatures [BLOCK_M, BLOCK_F] of a tile of rows; means [3, M]: c, and the means of d under the softmaxes.
 
-    Strides are those of [B, C, h, w]; table_strides (weight, codebook) from code to code.
+    Strides are those of [B, C, h, w]; pixels = h w.
     """
-    n_codes, n_features, dim, pixels, width = shape
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_f = tl.program_id(1) * BLOCK_F
     in_rows = row < n_rows
@@ -161,14 +159,14 @@ def _gumbel_codebook_bwd_rows(
     position = first_row + row.to(tl.int64)
     seed = 0 if HAS_NOISE or MODE == "reinmax" else tl.load(seed_ptr)
 
-    x = load_rows(features_ptr, x_offsets, features_strides[1], 0, n_features, in_rows, BLOCK_F)
-    do = load_rows(do_ptr, do_offsets, do_strides[1], 0, dim, in_rows, BLOCK_D)
-    embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], 0, dim, in_rows, BLOCK_D)
+    x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
+    do = load_rows(do_ptr, do_offsets, do_strides[1], 0, in_rows, DIM, BLOCK_D)
+    embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], 0, in_rows, DIM, BLOCK_D)
     centre = tl.sum(do.to(tl.float32) * embeds.to(tl.float32), axis=1)
-    if CHUNKED_D:
-        for first in range(BLOCK_D, dim, BLOCK_D):
-            do_chunk = load_rows(do_ptr, do_offsets, do_strides[1], first, dim, in_rows, BLOCK_D)
-            embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], first, dim, in_rows, BLOCK_D)
+    if BLOCK_D < DIM:
+        for first in range(BLOCK_D, DIM, BLOCK_D):
+            do_chunk = load_rows(do_ptr, do_offsets, do_strides[1], first, in_rows, DIM, BLOCK_D)
+            embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], first, in_rows, DIM, BLOCK_D)
             centre += tl.sum(do_chunk.to(tl.float32) * embeds.to(tl.float32), axis=1)
     main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(statistics_ptr, row, n_rows, MODE, WITH_KL)
     dkl = tl.load(dkl_ptr) if WITH_KL else 0.0
@@ -178,37 +176,35 @@ def _gumbel_codebook_bwd_rows(
     main_w, plain_w = dx, dx
     main_mean = tl.zeros([BLOCK_M], tl.float32)
     plain_mean = main_mean
-    for block in range(0, n_codes, BLOCK_N):
+    for block in range(0, N_CODES, BLOCK_N):
         quad = block // 4 + tl.arange(0, BLOCK_N // 4)
         noises = (0.0, 0.0, 0.0, 0.0)
         if MODE != "reinmax":
-            noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, n_codes, in_rows, HAS_NOISE)
+            noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
         for lane in tl.static_range(4):
             dx, main_w, plain_w, main_mean, plain_mean = _visit_lane(
                 4 * quad + lane, noises[lane], x, do, chosen, centre, main_max, main_sum, plain_max, plain_sum,
                 expected, dkl, dx, main_w, plain_w, main_mean, plain_mean, features_ptr, weight_ptr, bias_ptr,
                 codebook_ptr, do_ptr, x_offsets, do_offsets, in_rows, features_strides[1], do_strides[1],
-                table_strides, first_f, shape, rate, per_temperature, MODE, WITH_KL, HAS_BIAS, BLOCK_F, BLOCK_D,
-                CHUNKED_F, CHUNKED_D,
+                first_f, rate, per_temperature, MODE, WITH_KL, HAS_BIAS, N_CODES, N_FEATURES, DIM, BLOCK_F, BLOCK_D,
             )  # fmt: skip
 
     if MODE == "reinmax":
         # of the chosen code, whose d is 0, only the mean of d counts
         main_mean = 0.5 * main_mean
-        chosen_w = load_codes(weight_ptr, chosen, table_strides[0], first_f, n_codes, n_features, BLOCK_F)
+        chosen_w = load_codes(weight_ptr, chosen, first_f, N_CODES, N_FEATURES, BLOCK_F)
         dx -= main_mean[:, None] * (main_w + chosen_w.to(tl.float32))
         dx += 0.5 * plain_mean[:, None] * plain_w
     elif MODE == "straight_through":
         dx -= (per_temperature * main_mean)[:, None] * main_w
     feature = first_f + tl.arange(0, BLOCK_F)
-    pointers = dfeatures_ptr + row[:, None].to(tl.int64) * n_features + feature[None, :]
-    mask = in_rows[:, None] & (feature < n_features)[None, :]
+    pointers = dfeatures_ptr + row[:, None].to(tl.int64) * N_FEATURES + feature[None, :]
+    mask = in_rows[:, None] & (feature < N_FEATURES)[None, :]
     tl.store(pointers, dx.to(dfeatures_ptr.dtype.element_ty), mask=mask)
     if first_f == 0:
-        means_ptr += row
-        tl.store(means_ptr, centre, mask=in_rows)
-        tl.store(means_ptr + n_rows, main_mean, mask=in_rows)
-        tl.store(means_ptr + 2 * n_rows, plain_mean, mask=in_rows)
+        tl.store(means_ptr + row, centre, mask=in_rows)
+        tl.store(means_ptr + n_rows + row, main_mean, mask=in_rows)
+        tl.store(means_ptr + 2 * n_rows + row, plain_mean, mask=in_rows)
 
 
 def launch_rows(
@@ -229,8 +225,8 @@ def launch_rows(
     _gumbel_codebook_bwd_rows[(cdiv(call.n_rows, sizes.block_m), cdiv(n_features, blocks["BLOCK_F"]))](
         features, call.weight, call.bias, call.codebook, call.noise, call.seed, dembeds, embeds, noisy_codes,
         statistics, dkl, dfeatures, means, strides(features), strides(call.noise), strides(dembeds),
-        strides(embeds), call.table_strides, call.shape, call.rate, 1 / call.temperature, call.first_row, call.n_rows,
-        MODE=call.mode, WITH_KL=dkl is not None, **call.given, **blocks, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
-        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
+        strides(embeds), *call.grid, call.rate, 1 / call.temperature, call.first_row, call.n_rows,
+        MODE=call.mode, WITH_KL=dkl is not None, **call.constants, **blocks, BLOCK_M=sizes.block_m,
+        BLOCK_N=sizes.block_n, num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
     return dfeatures.permute(0, 3, 1, 2), means
