@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dalle_fast_gumbel_noise": ([_POINTER, _I64, _POINTER, _I64, _U32, _I64, _POINTER], _I32),
     "dalle_fast_philox_words": ([_POINTER, _I64, _POINTER, _I64, _U32, _I64, _POINTER], _I32),
     "dalle_fast_gumbel_of_words": ([_POINTER, _I64, _POINTER], _I32),
+    "dalle_fast_gumbel_float_of_words": ([_POINTER, _I64, _POINTER], _I32),
     "dalle_fast_gumbel_codebook_forward": ([_POINTER], _I32),
     "dalle_fast_gumbel_codebook_nearest": ([_POINTER], _I32),
     "dalle_fast_gumbel_codebook_backward": ([_POINTER], _I32),

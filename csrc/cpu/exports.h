@@ -20,10 +20,11 @@ DALLE_FAST_EXPORT void dalle_fast_set_isa(int32_t isa);
 // out [n, n_codes]; seeds [n_seeds] with n_seeds 1 or n. Definitions: gumbel_noise.h.
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_noise(const uint64_t* seeds, int64_t n_seeds, const int64_t* positions,
                                                   int64_t n, uint32_t stream, int64_t n_codes, float* out);
-// Its two halves, for tests: the words, and the noise of given words.
+// Its two halves, for tests: the words, and the noise of given words; that also in float32 arithmetic (noise_rows.h).
 DALLE_FAST_EXPORT int32_t dalle_fast_philox_words(const uint64_t* seeds, int64_t n_seeds, const int64_t* positions,
                                                   int64_t n, uint32_t stream, int64_t n_codes, uint32_t* out);
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int64_t count, float* out);
+DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_float_of_words(const uint32_t* words, int64_t count, float* out);
 
 // All tensors of the call and its tile lists: sparse_attention.h.
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* op);

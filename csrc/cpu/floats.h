@@ -100,12 +100,9 @@ static inline Vec swap_pairs(Vec x) {
 #endif
 }
 
-// 2^x for x <= 127, and 2^-126 for all x below -126; not a number stays so. Error below 1 ulp.
-static inline Vec exp2_normal(Vec x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Vec clamped = larger(broadcast(-126.0f), x);
-  const Vec shifted = clamped + kRound;
-  const Vec f = clamped - (shifted - kRound);  // in [-0.5, 0.5], exact
+// 2^(k + f) for an integer k and f in [-0.5, 0.5], where shifted = k + kRound. Error below 1 ulp.
+constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+static inline Vec exp2_of_parts(Vec shifted, Vec f) {
   // 2^f, interpolated at Chebyshev nodes of the interval: error below 2^-26.7.
   Vec p = broadcast(0x1.44138ap-13f);
   p = multiply_add(p, f, broadcast(0x1.5f0890p-10f));
@@ -117,9 +114,8 @@ static inline Vec exp2_normal(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23));
 }
 
-// The same, but 0 below -126.
-static inline Vec exp2(Vec x) {
-  const Vec power = exp2_normal(x);
+// 0 where x is below -126, `power` elsewhere and where x is not a number.
+static inline Vec zero_below_normal(Vec x, Vec power) {
 #if defined(__AVX512F__)
   const __m512 lowest = _mm512_set1_ps(-126.0f);
   const __mmask16 below = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), lowest, _CMP_LT_OQ);
@@ -128,6 +124,29 @@ static inline Vec exp2(Vec x) {
   return x < -126.0f ? Vec{} : power;
 #endif
 }
+
+// 2^x for x <= 127, and 2^-126 for all x below -126; not a number stays so.
+static inline Vec exp2_normal(Vec x) {
+  const Vec clamped = larger(broadcast(-126.0f), x);
+  const Vec shifted = clamped + kRound;
+  return exp2_of_parts(shifted, clamped - (shifted - kRound));  // exact
+}
+
+// The same, but 0 below -126.
+static inline Vec exp2(Vec x) { return zero_below_normal(x, exp2_normal(x)); }
+
+// e^(rate * x) for what does not overflow, 0 below 2^-126. Where products are fused its error does not grow with x, as that of
+// exp2(x * rounded) does.
+struct Exponential {
+  float high, low;  // of rate * log2(e)
+  explicit Exponential(double rate)
+      : high(static_cast<float>(rate * 0x1.71547652b82fep0)), low(static_cast<float>(rate * 0x1.71547652b82fep0 - high)) {}
+  Vec operator()(Vec x) const {
+    const Vec power = x * high, shifted = larger(broadcast(-126.0f), power) + kRound;
+    const Vec f = multiply_add(x, broadcast(high), kRound - shifted);
+    return zero_below_normal(power, exp2_of_parts(shifted, multiply_add(x, broadcast(low), f)));
+  }
+};
 
 // to[j][i] = from[i][j] for a square of 4; strides in floats.
 static inline void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {

@@ -33,7 +33,7 @@ struct GumbelCodebook {
   Element element;
   Choice choice;
   int32_t with_kl;
-  float inverse_temperature;
+  double temperature;
   Maps x;                // [B, features, h, w] of Element
   const void* weight;    // [codes, features] of Element
   const void* bias;      // [codes] of Element, or null

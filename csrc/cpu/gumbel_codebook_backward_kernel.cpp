@@ -65,7 +65,7 @@ void make_scores(const GumbelCodebook& op, const Prepared& tile, const Lanes& la
 // Softmaxes of one row in each lane, relative to the maxima of the forward pass.
 struct Weights {
   Vec noisy_max, noisy_factor, max, factor, tempered_factor;
-  float scale;
+  Exponential once, tempered_once;
 
   Weights(const GumbelCodebook& op, const Prepared& tile, int lane)
       : noisy_max(tile.number(kNoisyMax, lane)),
@@ -73,11 +73,12 @@ struct Weights {
         max(tile.number(kMax, lane)),
         factor(1.0f / tile.number(kSum, lane)),
         tempered_factor(1.0f / tile.number(kTemperedSum, lane)),
-        scale(kLog2E * op.inverse_temperature) {}
+        once(1.0),
+        tempered_once(1.0 / op.temperature) {}
 
-  Vec noisy(Vec l_and_noise) const { return exp2((l_and_noise - noisy_max) * scale) * noisy_factor; }
-  Vec plain(Vec l) const { return exp2((l - max) * kLog2E) * factor; }
-  Vec tempered(Vec l) const { return exp2((l - max) * scale) * tempered_factor; }
+  Vec noisy(Vec l_and_noise) const { return tempered_once(l_and_noise - noisy_max) * noisy_factor; }
+  Vec plain(Vec l) const { return once(l - max) * factor; }
+  Vec tempered(Vec l) const { return tempered_once(l - max) * tempered_factor; }
 };
 
 // The gradient of the logits in place of the logits, the mixture's weights, and sums of the gradient over rows.
@@ -89,6 +90,7 @@ void differentiate(const GumbelCodebook& op, const Prepared& tile, const int32_t
     const Vec delta = tile.number(kDelta, lane), second_delta = tile.number(kSecondDelta, lane);
     const Vec divergence = tile.number(kDivergenceWeight, lane), expected = tile.number(kExpected, lane);
     const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
+    const float rate = static_cast<float>(1.0 / op.temperature);
     for (int64_t i = 0; i < codes.count; ++i) {
       const int64_t at = i * kTile + lane;
       const Vec l = load(scores.logits + at) + codes.bias[i], product = load(scores.products + at);
@@ -100,7 +102,7 @@ void differentiate(const GumbelCodebook& op, const Prepared& tile, const int32_t
       } else {
         const Vec weight = weights.noisy(l + load(scores.weights + at));
         if (kChoice == Choice::soft) store(scores.weights + at, weight);
-        gradient = weight * (product - delta) * op.inverse_temperature;
+        gradient = weight * (product - delta) * rate;
       }
       if (kDivergence) gradient += divergence * plain * (l - weights.max - expected);
       store(scores.logits + at, gradient);

@@ -78,21 +78,21 @@ void find_nearest(const Block& block, Running& rows) {
   }
 }
 
-// The unnormalised softmax of (scores - max) * scale in base 2, written over the scores where `kWrite`, added to `sums`; also
+// The unnormalised softmax of scores, relative to their maximum, written over the scores where `kWrite`, added to `sums`; also
 // sets the factor by which earlier sums shrink.
 template <bool kWrite>
-void soften(const Block& block, float* scores, const float* old_max, const float* new_max, float scale, float* sums,
+void soften(const Block& block, float* scores, const float* old_max, const float* new_max, const Exponential& exponential, float* sums,
             float* factors) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
     const Vec max = larger(load(new_max + lane), broadcast(kLowest));
     Vec sum{};
     for (int64_t i = 0; i < block.count; ++i) {
       float* const score = scores + i * kTile + lane;
-      const Vec weight = exp2((load(score) - max) * scale);
+      const Vec weight = exponential(load(score) - max);
       if (kWrite) store(score, weight);
       sum += weight;
     }
-    const Vec factor = exp2((load(old_max + lane) - max) * scale);
+    const Vec factor = exponential(load(old_max + lane) - max);
     store(factors + lane, factor);
     store(sums + lane, multiply_add(load(sums + lane), factor, sum));
   }
@@ -100,18 +100,19 @@ void soften(const Block& block, float* scores, const float* old_max, const float
 
 // Sum and expected logit of the noiseless softmax, relative to its maximum.
 void soften_plain(const Block& block, const float* old_max, Running& rows) {
+  const Exponential exponential(1.0);
   for (int lane = 0; lane < kTile; lane += kWidth) {
     const Vec max = larger(load(rows.max + lane), broadcast(kLowest));
     Vec sum{}, expected{};
     for (int64_t i = 0; i < block.count; ++i) {
       const Vec l = load(block.logits + i * kTile + lane) - max;
-      const Vec weight = exp2(l * kLog2E);
+      const Vec weight = exponential(l);
       sum += weight;
       expected = multiply_add(weight, l, expected);
     }
     // The first time there is nothing to move: no infinity times 0.
     const Vec moved = larger(load(old_max + lane) - max, broadcast(-0x1p100f));
-    const Vec factor = exp2(moved * kLog2E), before = load(rows.sum + lane);
+    const Vec factor = exponential(moved), before = load(rows.sum + lane);
     store(rows.expected + lane, multiply_add(multiply_add(before, moved, load(rows.expected + lane)), factor, expected));
     store(rows.sum + lane, multiply_add(before, factor, sum));
   }
@@ -124,15 +125,13 @@ void score(const GumbelCodebook& op, const Lanes& lanes, const Block& block, Run
   memcpy(max, rows.max, sizeof(max));
   read_noise(op, lanes, block.first, block.count, block.noisy);
   add_noise(block, rows);
+  const Exponential tempered(1.0 / op.temperature);
   if (op.choice == Choice::soft) {
-    const float scale = kLog2E * op.inverse_temperature;
-    soften<true>(block, block.noisy, noisy_max, rows.noisy_max, scale, rows.noisy_sum, rows.factor);
+    soften<true>(block, block.noisy, noisy_max, rows.noisy_max, tempered, rows.noisy_sum, rows.factor);
   } else if (op.choice == Choice::straight_through) {
-    const float scale = kLog2E * op.inverse_temperature;
-    soften<false>(block, block.noisy, noisy_max, rows.noisy_max, scale, rows.noisy_sum, factor);
+    soften<false>(block, block.noisy, noisy_max, rows.noisy_max, tempered, rows.noisy_sum, factor);
   } else {
-    const float scale = kLog2E * op.inverse_temperature;
-    soften<false>(block, block.logits, max, rows.max, scale, rows.tempered_sum, factor);
+    soften<false>(block, block.logits, max, rows.max, tempered, rows.tempered_sum, factor);
   }
   if (op.with_kl || op.choice == Choice::reinmax) soften_plain(block, max, rows);
 }

@@ -40,3 +40,8 @@ int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int64_t count, float* 
   dalle_fast::gumbel_of_words(words, count, out);
   return 0;
 }
+
+int32_t dalle_fast_gumbel_float_of_words(const uint32_t* words, int64_t count, float* out) {
+  dalle_fast::gumbel_float_of_words(words, count, out);
+  return 0;
+}

@@ -21,3 +21,5 @@ DALLE_FAST_KERNEL(gumbel_noise_codes, (const GumbelNoise& noise, int64_t row, in
 DALLE_FAST_KERNEL(philox_words_codes, (const GumbelNoise& noise, int64_t row, int64_t begin, int64_t end, uint32_t* out),
                   (noise, row, begin, end, out))
 DALLE_FAST_KERNEL(gumbel_of_words, (const uint32_t* words, int64_t count, float* out), (words, count, out))
+// The same by float32 logarithms (noise_rows.h).
+DALLE_FAST_KERNEL(gumbel_float_of_words, (const uint32_t* words, int64_t count, float* out), (words, count, out))

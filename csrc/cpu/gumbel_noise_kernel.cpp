@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "philox.h"
+#include "noise_rows.h"
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
@@ -57,6 +57,16 @@ void gumbel_of_words(const uint32_t* words, int64_t count, float* out) {
     const int64_t width = count - first < kLanes ? count - first : kLanes;
     for (int64_t i = 0; i < width; ++i) lanes[i] = words[first + i];
     const F32 values = gumbel(lanes);
+    for (int64_t i = 0; i < width; ++i) out[first + i] = values[i];
+  }
+}
+
+void gumbel_float_of_words(const uint32_t* words, int64_t count, float* out) {
+  for (int64_t first = 0; first < count; first += kWidth) {
+    VecU lanes{};
+    const int64_t width = count - first < kWidth ? count - first : kWidth;
+    for (int64_t i = 0; i < width; ++i) lanes[i] = words[first + i];
+    const Vec values = gumbel_float(lanes);
     for (int64_t i = 0; i < width; ++i) out[first + i] = values[i];
   }
 }

@@ -35,7 +35,7 @@ class _Maps(ctypes.Structure):
 class _GumbelCodebook(ctypes.Structure):
     _fields_ = [
         *((name, _I64) for name in ("batch", "height", "width", "features", "codes", "dim")),
-        *(("element", _I32), ("choice", _I32), ("with_kl", _I32), ("inverse_temperature", _FLOAT)),
+        *(("element", _I32), ("choice", _I32), ("with_kl", _I32), ("temperature", ctypes.c_double)),
         *(("x", _Maps), ("weight", _POINTER), ("bias", _POINTER), ("codebook", _POINTER)),
         *(("noise", _Maps), ("seed", _U64), ("first_row", _I64), ("stream", _U32)),
         *(("embeds", _Maps), ("nearest", _POINTER), ("noisy", _POINTER), ("statistics", _POINTER)),
@@ -138,7 +138,7 @@ class _Call:
         self.kept += [tensor for tensor in (bias, noise) if tensor is not None]
         self.arguments = _GumbelCodebook(
             *(batch, height, width, n_features, *codebook.shape),
-            *(_ELEMENTS[features.dtype], _CHOICES[mode], False, 1 / temperature),
+            *(_ELEMENTS[features.dtype], _CHOICES[mode], False, temperature),
         )
         arguments = self.arguments
         arguments.x = _Maps.of(features)

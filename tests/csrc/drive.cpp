@@ -138,7 +138,7 @@ void drive_gumbel_codebook(int64_t features, int64_t codes, int64_t dim, dalle_f
   std::vector<float> statistics(dalle_fast::kStatistics * kRows), dweight(codes * features), dbias(codes), dcodebook(codes * dim);
   dalle_fast::GumbelCodebook op{};
   op.batch = 2, op.height = kHeight, op.width = kWidth, op.features = features, op.codes = codes, op.dim = dim;
-  op.element = element, op.choice = choice, op.with_kl = 1, op.inverse_temperature = 2.0f, op.threads = kThreads;
+  op.element = element, op.choice = choice, op.with_kl = 1, op.temperature = 0.5, op.threads = kThreads;
   op.x = maps(features, element), op.weight = matrix(codes * features), op.codebook = matrix(codes * dim);
   if (given) op.noise = maps(codes, dalle_fast::Element::float32), op.bias = matrix(codes);
   op.seed = ~uint64_t{0}, op.first_row = (int64_t{1} << 32) - kRows, op.stream = 2;
