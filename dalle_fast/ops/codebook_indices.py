@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from dalle_fast import dispatch
 from dalle_fast.ops.checks import check_one_device, check_one_dtype
-from dalle_fast.ops.gumbel_codebook import check_convolution, check_features, launchers
-from dalle_fast.ops.support import in_autocast_dtype
+from dalle_fast.ops.gumbel_codebook import (
+    check_convolution,
+    check_features,
+    launchers,
+    supports_cpu,
+    supports_triton,
+)
+from dalle_fast.ops.support import auto_avoids_triton, in_autocast_dtype
 from dalle_fast.reference import codebook_indices as reference
 
 OP = "codebook_indices"
@@ -36,6 +44,10 @@ def _(features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tenso
 
 
 dispatch.register(OP, "reference", _reference)
+dispatch.register(OP, "cpu", partial(_codes, impl="cpu"), supports=supports_cpu, rank=1)
+dispatch.register(
+    OP, "triton", partial(_codes, impl="triton"), supports=supports_triton, avoid=auto_avoids_triton, rank=2
+)
 
 
 def codebook_indices(features: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:

@@ -10,6 +10,7 @@ the noisy codes and a few numbers a row from which logits and softmax are made a
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +20,18 @@ from torch import Tensor
 from dalle_fast import dispatch, rng
 from dalle_fast.ops.checks import check_finite, check_one_device, check_one_dtype, check_shape, dtype_name
 from dalle_fast.ops.gumbel_noise import gumbel_noise as draw_noise
-from dalle_fast.ops.support import in_autocast_dtype, refuse_second_derivative, why_not_cpu, why_not_triton
+from dalle_fast.ops.support import (
+    auto_avoids_triton,
+    in_autocast_dtype,
+    refuse_second_derivative,
+    why_not_cpu,
+    why_not_triton,
+)
 from dalle_fast.reference import gumbel_codebook as reference
 
 OP = "gumbel_codebook"
-STATISTICS = 8  # float32 numbers a row that a launcher may keep for its backward
 _LAUNCHERS = {"cpu": "dalle_fast.native.gumbel_codebook", "triton": "dalle_fast.kernels.gumbel_codebook"}
+_STATISTICS = {"cpu": 7, "triton": 8}  # float32 [this many, B h w], for the backward
 
 
 def gumbel_codebook(
@@ -147,7 +154,17 @@ def _reference(
     )
 
 
+def _fused(*arguments: Any, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The custom op: arguments as those of `_reference`."""
+    embeds, codes, noisy_codes, kl, _ = _forward(*arguments, impl)
+    return embeds, codes, noisy_codes, kl
+
+
 dispatch.register(OP, "reference", _reference)
+dispatch.register(OP, "cpu", partial(_fused, impl="cpu"), supports=supports_cpu, rank=1)
+dispatch.register(
+    OP, "triton", partial(_fused, impl="triton"), supports=supports_triton, avoid=auto_avoids_triton, rank=2
+)
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -248,7 +265,7 @@ def _results_like(features: Tensor, codebook: Tensor, impl: str) -> tuple[Tensor
     batch, _, height, width = features.shape
     codes, noisy_codes = (features.new_empty(batch, height, width, dtype=torch.int64) for _ in range(2))
     kl = features.new_empty((), dtype=torch.float32)
-    statistics = features.new_empty(STATISTICS, batch * height * width, dtype=torch.float32)
+    statistics = features.new_empty(_STATISTICS[impl], batch * height * width, dtype=torch.float32)
     return _maps_like(features, codebook.shape[1], impl), codes, noisy_codes, kl, statistics
 
 

@@ -29,27 +29,27 @@ every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32
 
 # Each pair of values of two columns meets in some row, or nearly so; few codes take many problems, many take few.
 CASES = [
-    Case(2, 8, 1, "soft", FP32, 0.9, problems=32),
-    Case(2, 24, 16, ST, BF16, 4.0, seeded=True, problems=32),
-    Case(2, 64, 3, RM, FP16, 0.5, with_kl=False, problems=32),
+    Case(2, 8, 1, "soft", FP32, 0.9, problems=64),
+    Case(2, 24, 16, ST, BF16, 4.0, seeded=True, problems=16),
+    Case(2, 64, 3, RM, FP16, 0.5, with_kl=False, problems=16),
     Case(5, 8, 3, ST, FP32, 1 / 16, seeded=True, bias=False, problems=16),
-    Case(5, 130, 64, "soft", FP16, 0.9, grid=(1, 7), problems=16),
-    Case(5, 24, 70, RM, BF16, 1.0, batch=3, problems=16),
+    Case(5, 130, 64, "soft", FP16, 0.9, grid=(1, 37), problems=8),
+    Case(5, 24, 70, RM, BF16, 1.0, batch=3, problems=8),
     Case(63, 24, 16, "soft", BF16, 1 / 16, with_kl=False, bias=False),
-    Case(63, 64, 1, RM, FP32, 0.9, seeded=True, grid=(7, 1)),
+    Case(63, 64, 1, RM, FP32, 0.9, seeded=True, grid=(29, 1), problems=32),
     Case(63, 130, 70, ST, FP32, 4.0, batch=3),
     Case(130, 8, 64, RM, BF16, 4.0, batch=1, seeded=True),
     Case(130, 64, 16, ST, FP16, 0.5, bias=False),
-    Case(130, 130, 3, "soft", FP32, 4.0, seeded=True, grid=(5, 3)),
-    Case(130, 24, 1, "soft", FP32, 1 / 16),
-    Case(1000, 64, 70, "soft", FP32, 0.9, batch=1, grid=(5, 7)),
+    Case(130, 130, 3, "soft", FP32, 4.0, seeded=True, grid=(7, 5)),
+    Case(130, 24, 1, "soft", FP32, 1 / 16, problems=32),
+    Case(1000, 64, 70, "soft", FP32, 0.9, batch=1, grid=(9, 11)),
     Case(1000, 24, 64, RM, FP32, 1 / 16, seeded=True, with_kl=False),
     Case(1000, 8, 16, "soft", FP16, 4.0, seeded=True, batch=3),
     Case(1000, 130, 3, ST, BF16, 0.9, grid=(3, 11)),
-    Case(63, 1024, 24, "soft", FP32, 0.5, seeded=True, batch=1),
-    Case(63, 1024, 24, ST, BF16, 0.5, batch=1),
-    Case(8192, 24, 64, "soft", FP32, 0.9, seeded=True, batch=1, problems=1),
-    Case(8192, 24, 64, RM, BF16, 0.9, batch=1, problems=1),
+    Case(63, 1024, 24, ST, FP32, 0.5, seeded=True),
+    Case(63, 1024, 24, "soft", BF16, 0.5),
+    Case(8192, 24, 64, "soft", FP32, 0.9, seeded=True, batch=1, problems=2),
+    Case(8192, 24, 64, RM, BF16, 0.9, batch=1, grid=(3, 5)),
 ]
 
 
@@ -62,7 +62,7 @@ def test_pairs_of_sizes_dtypes_and_arguments(case, kernel):
 @every_dtype
 @pytest.mark.parametrize("seeded", [False, True], ids=["noise", "seed"])
 def test_every_mode_at_every_dtype(mode, dtype, seeded, kernel):
-    check_case(kernel, Case(40, 24, 16, mode, dtype, 0.7, seeded=seeded))
+    check_case(kernel, Case(40, 24, 16, mode, dtype, 0.7, seeded=seeded, batch=8))
 
 
 @every_mode
@@ -71,7 +71,7 @@ def test_logits_of_ten_thousand(mode, temperature, kernel):
     """Exact in float32, so that the oracle's own error, and with it the budget, is that of ordinary logits."""
     case = Case(130, 24, 16, mode, FP32, temperature)
     generator = torch.Generator().manual_seed(0)
-    made = zip(*(make_inputs(2, 16, (3, 5), 130, 24, seed=i) for i in range(4)), strict=True)
+    made = zip(*(make_inputs(4, 16, (5, 7), 130, 24, seed=i) for i in range(4)), strict=True)
     stacked = [torch.stack(tensors) for tensors in made]
     for index, factor in ((0, 1.0), (1, 128.0), (2, 0.25)):  # features, weight, bias
         whole = torch.randint(-8, 9, stacked[index].shape, generator=generator)
@@ -173,7 +173,7 @@ def test_one_sample_alone_is_the_same_as_in_its_batch(mode, seeded, kernel):
 @every_mode
 def test_rows_of_a_global_batch_draw_its_noise(mode, kernel):
     check_case(kernel, Case(40, 24, 16, mode, seeded=True, first_row=2**31 - 7))
-    check_case(kernel, Case(40, 24, 16, mode, seeded=True, first_row=2**32 - 30))
+    check_case(kernel, Case(40, 24, 16, mode, seeded=True, first_row=2**32 - 140))
 
 
 @every_mode
