@@ -11,7 +11,8 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kWorkspace = int64_t{14} << 18;  // floats of a chunk: 14 MB
+constexpr int64_t kWorkspace = int64_t{14} << 18;  // floats of a chunk and of lower halves: 14 MB
+constexpr int64_t kLeast = int64_t{4} << 18;        // of a chunk
 
 int64_t tiles_of(const GumbelCodebook& op) { return (op.rows() + kTile - 1) / kTile; }
 
@@ -26,7 +27,9 @@ int32_t tile_groups(const GumbelCodebook& op, int64_t tiles, int64_t scratch, co
 }
 
 struct Plan {
-  int64_t chunk_tiles, slices, slice_codes, prepared, part;  // prepared, part: floats of a tile
+  int64_t chunk_tiles, slices, slice_codes;
+  int64_t prepared, part;  // floats of a tile
+  int64_t lower;           // halves of floats beside the gradients of codes
 
   explicit Plan(const GumbelCodebook& op) {
     const int64_t blocks = (op.codes + kBlock - 1) / kBlock;
@@ -34,7 +37,24 @@ struct Plan {
     slices = (op.codes + slice_codes - 1) / slice_codes;
     prepared = gumbel_codebook_prepared(op.features, op.dim);
     part = tile_columns(op.features);
-    chunk_tiles = std::clamp<int64_t>(kWorkspace / (prepared + slices * part), 1, tiles_of(op));
+    lower = 0;
+    chunk_tiles = tiles_within(kWorkspace);
+    if (chunk_tiles < tiles_of(op) && op.element != Element::float32) {
+      lower = op.codes * (op.features + 1 + op.dim);
+      chunk_tiles = tiles_within(std::max(kLeast, kWorkspace - lower / 2));
+    }
+    chunk_tiles = std::min(chunk_tiles, tiles_of(op));
+  }
+
+  int64_t tiles_within(int64_t floats) const { return std::max<int64_t>(1, floats / (prepared + slices * part)); }
+
+  int64_t floats() const { return chunk_tiles * (prepared + slices * part) + (lower + 1) / 2; }
+
+  void give_lower_halves(GumbelCodebook& op, float* memory) const {
+    if (lower == 0) return;
+    op.dweight.lower = reinterpret_cast<uint16_t*>(memory + chunk_tiles * (prepared + slices * part));
+    op.dbias.lower = op.dweight.lower + op.codes * op.features;
+    op.dcodebook.lower = op.dbias.lower + op.codes;
   }
 };
 
@@ -54,8 +74,9 @@ int32_t backward_chunk(const GumbelCodebook& op, const Plan& plan, int64_t first
     float* const memory = of_tasks.take(scratch);
     for (int64_t s; (s = next()) >= 0;) {
       const int64_t code = s * plan.slice_codes;
-      const CodeSlice slice{code,     std::min(code + plan.slice_codes, op.codes), tiles,
-                            prepared, parts + s * tiles * plan.part,               first == 0};
+      const int64_t last_code = std::min(code + plan.slice_codes, op.codes);
+      const CodeSlice slice{code,       last_code, tiles, prepared, parts + s * tiles * plan.part, first == 0,
+                            first + tiles == tiles_of(op)};
       gumbel_codebook_slice(op, first, slice, memory);
     }
   });
@@ -86,14 +107,16 @@ int32_t dalle_fast_gumbel_codebook_nearest(const dalle_fast::GumbelCodebook* op)
   });
 }
 
-int32_t dalle_fast_gumbel_codebook_backward(const dalle_fast::GumbelCodebook* op) {
+int32_t dalle_fast_gumbel_codebook_backward(const dalle_fast::GumbelCodebook* given) {
   using namespace dalle_fast;
-  const Plan plan(*op);
+  GumbelCodebook op = *given;
+  const Plan plan(op);
   Scratch workspace;
-  float* const memory = workspace.take(plan.chunk_tiles * (plan.prepared + plan.slices * plan.part));
-  for (int64_t first = 0; first < tiles_of(*op); first += plan.chunk_tiles) {
-    const int64_t tiles = std::min(plan.chunk_tiles, tiles_of(*op) - first);
-    const int32_t status = backward_chunk(*op, plan, first, tiles, memory);
+  float* const memory = workspace.take(plan.floats());
+  plan.give_lower_halves(op, memory);
+  for (int64_t first = 0; first < tiles_of(op); first += plan.chunk_tiles) {
+    const int64_t tiles = std::min(plan.chunk_tiles, tiles_of(op) - first);
+    const int32_t status = backward_chunk(op, plan, first, tiles, memory);
     if (status != 0) return status;
   }
   return 0;

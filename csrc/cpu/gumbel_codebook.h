@@ -12,6 +12,12 @@ struct Maps {
   int64_t stride_b, stride_c, stride_y, stride_x;
 };
 
+// Of Element; while rows come in several chunks, sums of 16-bit elements keep the lower halves of their bits apart (rows.h).
+struct CodeGradient {
+  void* data;
+  uint16_t* lower;
+};
+
 enum class Choice : int32_t { soft = 0, straight_through = 1, reinmax = 2 };
 
 // Rows of GumbelCodebook::statistics. Of the scores a maximum and a sum of exponentials relative to it are kept apart: at
@@ -50,9 +56,9 @@ struct GumbelCodebook {
   // backward
   Maps dembeds, dx;       // of Element
   float dkl;              // 0: no gradient of the divergence
-  float* dweight;         // [codes, features]
-  float* dbias;           // [codes]
-  float* dcodebook;       // [codes, dim]
+  CodeGradient dweight;    // [codes, features]
+  CodeGradient dbias;      // [codes], not read where there is no bias
+  CodeGradient dcodebook;  // [codes, dim]
   int64_t threads;
 
   int64_t rows() const { return batch * height * width; }
@@ -97,7 +103,7 @@ struct CodeSlice {
   int64_t tiles;
   const float* prepared;  // of the first tile
   float* dx;              // [tiles, tile_columns(features)]: the part of these codes
-  bool first_chunk;       // the gradients of the codes are replaced, not added to
+  bool first_chunk, last_chunk;  // the gradients of codes begin, and become elements
 };
 
 }  // namespace dalle_fast

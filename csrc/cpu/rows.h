@@ -121,6 +121,45 @@ static inline void store_row(T* to, int64_t width, const float* from) {
   for (; i < width; ++i) narrow(from[i], to[i]);
 }
 
+// Rows of 16-bit elements that are sums under way: the upper halves of their float32 bits lie where the result will, the lower
+// ones beside. What float32 holds stays exact, at half the memory of a second matrix.
+static inline Vec join_halves(const uint16_t* upper, const uint16_t* lower) {
+  Halves high, low;
+  memcpy(&high, upper, sizeof(high));
+  memcpy(&low, lower, sizeof(low));
+  return reinterpret_cast<Vec>(__builtin_convertvector(high, VecU) << 16 | __builtin_convertvector(low, VecU));
+}
+static inline void split_halves(Vec x, uint16_t* upper, uint16_t* lower) {
+  const VecU bits = reinterpret_cast<VecU>(x);
+  const Halves high = __builtin_convertvector(bits >> 16, Halves), low = __builtin_convertvector(bits & 0xFFFF, Halves);
+  memcpy(upper, &high, sizeof(high));
+  memcpy(lower, &low, sizeof(low));
+}
+
+// row += the sum under way; row becomes the sum under way; `lower` is for 16-bit elements alone.
+static inline void add_sum(float* row, int64_t width, const float* sum, const uint16_t*) {
+  int64_t i = 0;
+  for (; i + kWidth <= width; i += kWidth) store(row + i, load(row + i) + load(sum + i));
+  for (; i < width; ++i) row[i] += sum[i];
+}
+template <class T>
+static inline void add_sum(float* row, int64_t width, const T* sum, const uint16_t* lower) {
+  const uint16_t* const upper = &sum->bits;
+  int64_t i = 0;
+  for (; i + kWidth <= width; i += kWidth) store(row + i, load(row + i) + join_halves(upper + i, lower + i));
+  for (; i < width; ++i) row[i] += from_bits(static_cast<uint32_t>(upper[i]) << 16 | lower[i]);
+}
+static inline void keep_sum(const float* row, int64_t width, float* sum, uint16_t*) {
+  memcpy(sum, row, sizeof(float) * width);
+}
+template <class T>
+static inline void keep_sum(const float* row, int64_t width, T* sum, uint16_t* lower) {
+  uint16_t* const upper = &sum->bits;
+  int64_t i = 0;
+  for (; i + kWidth <= width; i += kWidth) split_halves(load(row + i), upper + i, lower + i);
+  for (; i < width; ++i) upper[i] = static_cast<uint16_t>(to_bits(row[i]) >> 16), lower[i] = static_cast<uint16_t>(to_bits(row[i]));
+}
+
 // Turns the pairs of a padded row by the angles of its position; back: by the opposite angles.
 template <bool kBack>
 static inline void turn_row(float* row, int64_t padded_width, const float* cosines, const float* sines) {

@@ -32,6 +32,10 @@ class _Maps(ctypes.Structure):
         return cls(maps.data_ptr(), *maps.stride())
 
 
+class _CodeGradient(ctypes.Structure):
+    _fields_ = [("data", _POINTER), ("lower", _POINTER)]  # lower: the extension's own
+
+
 class _GumbelCodebook(ctypes.Structure):
     _fields_ = [
         *((name, _I64) for name in ("batch", "height", "width", "features", "codes", "dim")),
@@ -40,7 +44,7 @@ class _GumbelCodebook(ctypes.Structure):
         *(("noise", _Maps), ("seed", _U64), ("first_row", _I64), ("stream", _U32)),
         *(("embeds", _Maps), ("nearest", _POINTER), ("noisy", _POINTER), ("statistics", _POINTER)),
         *(("dembeds", _Maps), ("dx", _Maps), ("dkl", _FLOAT)),
-        *((name, _POINTER) for name in ("dweight", "dbias", "dcodebook")),
+        *((name, _CodeGradient) for name in ("dweight", "dbias", "dcodebook")),
         ("threads", _I64),
     ]
 
@@ -95,17 +99,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of features (contiguous), weight, bias ([0] where there is none) and codebook."""
     dfeatures = torch.empty(features.shape, dtype=features.dtype)
-    # Sums over chunks of rows, so in float32 whatever the dtype.
-    dweight, dbias, dcodebook = (torch.empty(t, dtype=torch.float32) for t in (weight.shape, len(weight), codebook.shape))
+    dweight, dbias, dcodebook = (weight.new_empty(shape) for shape in (weight.shape, len(weight), codebook.shape))
     call = _Call(features, weight, bias, codebook, noise, seed, first_row, temperature, mode)
     call.results(embeds, None, noisy_codes, statistics)
     call.arguments.dembeds, call.arguments.dx = _Maps.of(dembeds), _Maps.of(dfeatures)
     call.arguments.dkl = 0.0 if dkl is None else float(dkl)
     for name, tensor in (("dweight", dweight), ("dbias", dbias), ("dcodebook", dcodebook)):
-        setattr(call.arguments, name, tensor.data_ptr())
+        setattr(call.arguments, name, _CodeGradient(tensor.data_ptr()))
     _extension.check(_extension.library().dalle_fast_gumbel_codebook_backward(call.pointer()), "gumbel_codebook")
-    dtype = features.dtype
-    return dfeatures, dweight.to(dtype), dbias[: 0 if bias is None else len(weight)].to(dtype), dcodebook.to(dtype)
+    return dfeatures, dweight, weight.new_empty(0) if bias is None else dbias, dcodebook
 
 
 def codes(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
