@@ -1,4 +1,4 @@
-"""Gumbel softmax over a codebook in C++ (csrc/cpu/gumbel_codebook*): launchers for float32, bfloat16, float16 on the CPU.
+"""Gumbel softmax over a codebook in C++ (csrc/cpu/gumbel_codebook*): launchers for 32- and 16-bit floats on the CPU.
 
 The structures repeat those of csrc/cpu/gumbel_codebook.h. Tensors are read and written where they lie, whatever their
 strides; weight, bias and codebook are made contiguous first.

@@ -1,4 +1,4 @@
-"""gumbel_codebook in C++: every instruction set, sizes at the edges of its tiles, blocks, slices and chunks, its noise."""
+"""gumbel_codebook in C++: every instruction set, sizes at the edges of its tiles, blocks, slices and chunks; noise."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from benchmarks.memory import peak_bytes
 from dalle_fast import _extension, rng
 from dalle_fast.functional import codebook_indices
 
-# Rows in tiles of 64 (4 of which share a task), codes in blocks of 96, channels in vectors of 16 and packs of 48. The last two
-# have so many numbers a row that the backward pass takes one tile of rows at a time, and codes in several slices.
+# Rows in tiles of 64 (4 of which share a task), codes in blocks of 96, channels in vectors of 16 and packs of 48. The
+# last two have so many numbers a row that the backward pass takes one tile of rows at a time, codes in several slices.
 CASES = [
     Case(1, 1, 1, problems=8, grid=(1, 1), batch=64),
     Case(96, 48, 16, mode="straight_through", grid=(8, 8), seeded=True),
