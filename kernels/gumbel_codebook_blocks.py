@@ -125,19 +125,19 @@ def load_statistic(statistics_ptr, which: tl.constexpr, row, n_rows, beyond):
 
 
 @triton.jit
-def load_softmaxes(statistics_ptr, row, n_rows, MODE: tl.constexpr, WITH_KL: tl.constexpr):
-    """(largest, total) of the softmax of MODE, (largest, total) of softmax(l), mean of l - largest under it; [ROWS].
+def load_softmaxes(statistics_ptr, row, n_rows, REINMAX: tl.constexpr, WITH_KL: tl.constexpr):
+    """(largest, total) of p, or t if REINMAX, and of q; the mean of l - largest under q; [ROWS] each.
 
-    Rows beyond the last have probabilities of 0, as far as MODE and WITH_KL read them.
+    Rows beyond the last have probabilities of 0, as far as they are read.
     """
     huge: tl.constexpr = -LOWEST
-    if MODE == "reinmax" or WITH_KL:
+    if REINMAX or WITH_KL:
         plain_max = load_statistic(statistics_ptr, PLAIN_MAX, row, n_rows, huge)
         plain_sum = load_statistic(statistics_ptr, PLAIN_SUM, row, n_rows, 1.0)
     else:
         plain_max = tl.full(row.shape, huge, tl.float32)
         plain_sum = tl.full(row.shape, 1.0, tl.float32)
-    if MODE == "reinmax":
+    if REINMAX:
         main_max = plain_max
         main_sum = load_statistic(statistics_ptr, WARM_SUM, row, n_rows, 1.0)
     else:

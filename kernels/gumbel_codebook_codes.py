@@ -49,12 +49,12 @@ def _lane_gradients(
     plain_mean,
     rate,
     per_temperature,
-    MODE: tl.constexpr,
+    REINMAX: tl.constexpr,
     WITH_KL: tl.constexpr,
 ):
     """dl of one lane of codes [QUADS], float32 [BLOCK_M, QUADS], from the means that `launch_rows` left."""
     d = g - centre[:, None]
-    if MODE == "reinmax":
+    if REINMAX:
         is_chosen = code[None, :] == chosen[:, None]
         d = tl.where(is_chosen, 0.0, d)
         main = tl.exp2((logits - main_max[:, None]) * rate) / main_sum[:, None]
@@ -96,7 +96,7 @@ def _gumbel_codebook_bwd_weight(
     first_row,
     n_rows,
     slice_rows,
-    MODE: tl.constexpr,
+    REINMAX: tl.constexpr,
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -113,21 +113,19 @@ def _gumbel_codebook_bwd_weight(
     quad = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
     n_slice = tl.program_id(1).to(tl.int64)
     first_f = tl.program_id(2) * BLOCK_F
-    seed = 0 if HAS_NOISE or MODE == "reinmax" else tl.load(seed_ptr)
+    seed = 0 if HAS_NOISE or REINMAX else tl.load(seed_ptr)
     dkl = tl.load(dkl_ptr) if WITH_KL else 0.0
 
-    zero = tl.zeros([BLOCK_F, QUADS], tl.float32)
-    dweights = (zero, zero, zero, zero)
-    zero = tl.zeros([QUADS], tl.float32)
-    dbiases = (zero, zero, zero, zero)
-    weights, entries, biases = (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0), dbiases
+    zero_weight = tl.zeros([BLOCK_F, QUADS], tl.float32)
+    dweights = (zero_weight, zero_weight, zero_weight, zero_weight)
+    zero_bias = tl.zeros([QUADS], tl.float32)
+    dbiases = (zero_bias, zero_bias, zero_bias, zero_bias)
+    weights, biases = (0.0, 0.0, 0.0, 0.0), dbiases
     # transposed here: what is transposed in the loop is copied into shared memory there, too
     for lane in tl.static_range(4):
         code = 4 * quad + lane
         weight = load_codes(weight_ptr, code, 0, N_CODES, N_FEATURES, BLOCK_F)
         weights = with_lane(weights, lane, tl.trans(weight))
-        entry = load_codes(codebook_ptr, code, 0, N_CODES, DIM, BLOCK_D)
-        entries = with_lane(entries, lane, tl.trans(entry))
         biases = with_lane(biases, lane, load_bias(bias_ptr, code, N_CODES, HAS_BIAS))
 
     begin = tl.program_id(1) * slice_rows
@@ -137,14 +135,22 @@ def _gumbel_codebook_bwd_weight(
         x_offsets = row_offsets(row, features_strides, pixels, width)
         do_offsets = row_offsets(row, do_strides, pixels, width)
         x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
-        do = load_rows(do_ptr, do_offsets, do_strides[1], 0, in_rows, DIM, BLOCK_D)
-        main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(statistics_ptr, row, n_rows, MODE, WITH_KL)
+        zero = tl.zeros([BLOCK_M, QUADS], tl.float32)
+        gs = (zero, zero, zero, zero)
+        for first_d in range(0, DIM, BLOCK_D):
+            do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, in_rows, DIM, BLOCK_D)
+            for lane in tl.static_range(4):
+                entries = load_codes(codebook_ptr, 4 * quad + lane, first_d, N_CODES, DIM, BLOCK_D)
+                gs = with_lane(gs, lane, tl.dot(do, tl.trans(entries), gs[lane], input_precision="ieee"))
+        main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(
+            statistics_ptr, row, n_rows, REINMAX, WITH_KL
+        )
         centre = tl.load(means_ptr + row, mask=in_rows, other=0.0)
         main_mean = tl.load(means_ptr + n_rows + row, mask=in_rows, other=0.0)
         plain_mean = tl.load(means_ptr + 2 * n_rows + row, mask=in_rows, other=0.0)
         chosen = tl.load(chosen_ptr + row, mask=in_rows, other=0).to(tl.int32)
         noises = (0.0, 0.0, 0.0, 0.0)
-        if MODE != "reinmax":
+        if not REINMAX:
             noise_offsets = row_offsets(row, noise_strides, pixels, width) if HAS_NOISE else x_offsets
             position = first_row + row.to(tl.int64)
             noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
@@ -158,13 +164,9 @@ def _gumbel_codebook_bwd_weight(
                 N_CODES, N_FEATURES, BLOCK_F,
             )  # fmt: skip
             logits += biases[lane][None, :]
-            g = products(
-                do, entries[lane], do_ptr, do_offsets, do_strides[1], in_rows, codebook_ptr, code, N_CODES, DIM,
-                BLOCK_D,
-            )  # fmt: skip
             dlogits = _lane_gradients(
-                logits, g, noises[lane], code, chosen, main_max, main_sum, plain_max, plain_sum, expected, dkl,
-                centre, main_mean, plain_mean, rate, per_temperature, MODE, WITH_KL,
+                logits, gs[lane], noises[lane], code, chosen, main_max, main_sum, plain_max, plain_sum, expected, dkl,
+                centre, main_mean, plain_mean, rate, per_temperature, REINMAX, WITH_KL,
             )  # fmt: skip
             dweight = tl.dot(tl.trans(x_there), dlogits.to(x.dtype), dweights[lane], input_precision="ieee")
             dweights = with_lane(dweights, lane, dweight)
@@ -219,11 +221,11 @@ def _gumbel_codebook_bwd_mixture(
     first_d = tl.program_id(2) * BLOCK_D
     seed = 0 if HAS_NOISE else tl.load(seed_ptr)
 
-    zero = tl.zeros([BLOCK_D, QUADS], tl.float32)
-    dentries = (zero, zero, zero, zero)
+    zero_entry = tl.zeros([BLOCK_D, QUADS], tl.float32)
+    dentries = (zero_entry, zero_entry, zero_entry, zero_entry)
     weights = (0.0, 0.0, 0.0, 0.0)
-    zero = tl.zeros([QUADS], tl.float32)
-    biases = (zero, zero, zero, zero)
+    zero_bias = tl.zeros([QUADS], tl.float32)
+    biases = (zero_bias, zero_bias, zero_bias, zero_bias)
     # transposed here: what is transposed in the loop is copied into shared memory there, too
     for lane in tl.static_range(4):
         code = 4 * quad + lane
@@ -240,7 +242,7 @@ def _gumbel_codebook_bwd_mixture(
         noise_offsets = row_offsets(row, noise_strides, pixels, width) if HAS_NOISE else x_offsets
         x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
         do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, in_rows, DIM, BLOCK_D)
-        main_max, main_sum, _, _, _ = load_softmaxes(statistics_ptr, row, n_rows, "soft", False)
+        main_max, main_sum, _, _, _ = load_softmaxes(statistics_ptr, row, n_rows, False, False)
         position = first_row + row.to(tl.int64)
         noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
         for lane in tl.static_range(4):
@@ -322,7 +324,7 @@ def launch_weight(
     _gumbel_codebook_bwd_weight[(n_tiles, n_slices, n_splits)](
         call.features, call.weight, call.bias, call.codebook, call.noise, call.seed, dembeds, noisy_codes, statistics,
         means, dkl, dweight, dbias, strides(call.features), strides(call.noise), strides(dembeds), *call.grid,
-        call.rate, 1 / call.temperature, call.first_row, call.n_rows, slice_rows, MODE=call.mode,
+        call.rate, 1 / call.temperature, call.first_row, call.n_rows, slice_rows, REINMAX=call.mode == "reinmax",
         WITH_KL=dkl is not None, **call.constants, **blocks, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
         num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip

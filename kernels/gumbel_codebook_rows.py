@@ -1,9 +1,9 @@
 """The row-outer kernel of gumbel_codebook's backward: dfeatures; formulas and precision are in gumbel_codebook.py.
 
-Differences of g from its value at the row's own embedding are summed, so that the hard modes need no sweep of their own
-for the means of g: with c = dO . embeds (what g is at noisy_codes there), d = g - c, and e = sum_k p_k d_k,
+The means of g are not known before all codes are seen, but need no sweep of their own: with c = dO . embeds (in mode
+soft the mean, but for the rounding of embeds; in the others g at noisy_codes), d = g - c and e = sum_k p_k d_k,
 
-    straight_through:  sum_k p_k (d_k - e) w_k = sum_k p_k d_k w_k - e sum_k p_k w_k,
+    sum_k p_k (g_k - sum p g) w_k = sum_k p_k d_k w_k - e sum_k p_k w_k,
 
 all of whose sums grow in one sweep; reinmax likewise, with two means. The kernel leaves them for the code-outer kernel.
 """
@@ -62,7 +62,7 @@ def _visit_lane(
     first_f,
     rate,
     per_temperature,
-    MODE: tl.constexpr,
+    REINMAX: tl.constexpr,
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     N_CODES: tl.constexpr,
@@ -86,7 +86,7 @@ def _visit_lane(
     g -= centre[:, None]
     if BLOCK_F < N_FEATURES:  # the features whose gradient this program forms
         weight = load_codes(weight_ptr, code, first_f, N_CODES, N_FEATURES, BLOCK_F)
-    if MODE == "reinmax":
+    if REINMAX:
         main = tl.exp2((logits - main_max[:, None]) * rate) / main_sum[:, None]
         # exactly 0 where rounding would leave a little
         g = tl.where(code[None, :] == chosen[:, None], 0.0, g)
@@ -97,9 +97,8 @@ def _visit_lane(
     else:
         main = tl.exp2((logits + noise - main_max[:, None]) * rate) / main_sum[:, None]
         dlogits = main * g * per_temperature
-    if MODE != "soft":
-        main_mean += tl.sum(main * g, axis=1)
-        main_w = tl.dot(main.to(weight.dtype), weight, main_w, input_precision="ieee")
+    main_mean += tl.sum(main * g, axis=1)
+    main_w = tl.dot(main.to(weight.dtype), weight, main_w, input_precision="ieee")
     if WITH_KL:
         above = logits - plain_max[:, None]
         dlogits += dkl * tl.exp2(above * LOG2_E) / plain_sum[:, None] * (above - expected[:, None])
@@ -133,7 +132,7 @@ def _gumbel_codebook_bwd_rows(
     per_temperature,
     first_row,
     n_rows,
-    MODE: tl.constexpr,
+    REINMAX: tl.constexpr,
     WITH_KL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -157,7 +156,7 @@ def _gumbel_codebook_bwd_rows(
     embeds_offsets = row_offsets(row, embeds_strides, pixels, width)
     noise_offsets = row_offsets(row, noise_strides, pixels, width) if HAS_NOISE else x_offsets
     position = first_row + row.to(tl.int64)
-    seed = 0 if HAS_NOISE or MODE == "reinmax" else tl.load(seed_ptr)
+    seed = 0 if HAS_NOISE or REINMAX else tl.load(seed_ptr)
 
     x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
     do = load_rows(do_ptr, do_offsets, do_strides[1], 0, in_rows, DIM, BLOCK_D)
@@ -168,7 +167,7 @@ def _gumbel_codebook_bwd_rows(
             do_chunk = load_rows(do_ptr, do_offsets, do_strides[1], first, in_rows, DIM, BLOCK_D)
             embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], first, in_rows, DIM, BLOCK_D)
             centre += tl.sum(do_chunk.to(tl.float32) * embeds.to(tl.float32), axis=1)
-    main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(statistics_ptr, row, n_rows, MODE, WITH_KL)
+    main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(statistics_ptr, row, n_rows, REINMAX, WITH_KL)
     dkl = tl.load(dkl_ptr) if WITH_KL else 0.0
     chosen = tl.load(chosen_ptr + row, mask=in_rows, other=0).to(tl.int32)
 
@@ -179,23 +178,23 @@ def _gumbel_codebook_bwd_rows(
     for block in range(0, N_CODES, BLOCK_N):
         quad = block // 4 + tl.arange(0, BLOCK_N // 4)
         noises = (0.0, 0.0, 0.0, 0.0)
-        if MODE != "reinmax":
+        if not REINMAX:
             noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
         for lane in tl.static_range(4):
             dx, main_w, plain_w, main_mean, plain_mean = _visit_lane(
                 4 * quad + lane, noises[lane], x, do, chosen, centre, main_max, main_sum, plain_max, plain_sum,
                 expected, dkl, dx, main_w, plain_w, main_mean, plain_mean, features_ptr, weight_ptr, bias_ptr,
                 codebook_ptr, do_ptr, x_offsets, do_offsets, in_rows, features_strides[1], do_strides[1],
-                first_f, rate, per_temperature, MODE, WITH_KL, HAS_BIAS, N_CODES, N_FEATURES, DIM, BLOCK_F, BLOCK_D,
+                first_f, rate, per_temperature, REINMAX, WITH_KL, HAS_BIAS, N_CODES, N_FEATURES, DIM, BLOCK_F, BLOCK_D,
             )  # fmt: skip
 
-    if MODE == "reinmax":
+    if REINMAX:
         # of the chosen code, whose d is 0, only the mean of d counts
         main_mean = 0.5 * main_mean
         chosen_w = load_codes(weight_ptr, chosen, first_f, N_CODES, N_FEATURES, BLOCK_F)
         dx -= main_mean[:, None] * (main_w + chosen_w.to(tl.float32))
         dx += 0.5 * plain_mean[:, None] * plain_w
-    elif MODE == "straight_through":
+    else:
         dx -= (per_temperature * main_mean)[:, None] * main_w
     feature = first_f + tl.arange(0, BLOCK_F)
     pointers = dfeatures_ptr + row[:, None].to(tl.int64) * N_FEATURES + feature[None, :]
@@ -226,7 +225,7 @@ def launch_rows(
         features, call.weight, call.bias, call.codebook, call.noise, call.seed, dembeds, embeds, noisy_codes,
         statistics, dkl, dfeatures, means, strides(features), strides(call.noise), strides(dembeds),
         strides(embeds), *call.grid, call.rate, 1 / call.temperature, call.first_row, call.n_rows,
-        MODE=call.mode, WITH_KL=dkl is not None, **call.constants, **blocks, BLOCK_M=sizes.block_m,
+        REINMAX=call.mode == "reinmax", WITH_KL=dkl is not None, **call.constants, **blocks, BLOCK_M=sizes.block_m,
         BLOCK_N=sizes.block_n, num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip
     return dfeatures.permute(0, 3, 1, 2), means

@@ -161,8 +161,10 @@ def test_noise_is_finite_and_near_the_exact_one_at_every_end():
     found = torch.cat([ends, 0xFFFFFFFF - ends, torch.arange(2**16) << 16])
     noise = torch.empty(len(found))
     _gumbel_of[(len(found) // 4096,)](found, noise, BLOCK=4096)
-    exact = -torch.log(-torch.log(rng.uniform(found).double()))
-    assert (((noise - exact).abs() - 2**-22 * exact.abs().clamp(min=1)) <= 0).all()
+    u = rng.uniform(found)
+    exact, own = -torch.log(-torch.log(u.double())), -torch.log(-torch.log(u))
+    for part in (exact.abs() < 1, exact.abs() >= 1):
+        assert_within_budget(noise[part], exact[part], own[part])
 
 
 @every_mode
@@ -305,6 +307,6 @@ def test_without_a_gradient_of_the_kl_the_kl_changes_nothing():
 
 def test_results_lie_as_rows():
     inputs, noise = make_inputs()
-    embeds, *_, dfeatures, _, _, _ = run(inputs, torch.ones(2, 20, 3, 5), mode="soft", with_kl=True, noise=noise)[::1]
+    embeds, *_, dfeatures, _, _, _ = run(inputs, torch.ones(2, 20, 3, 5), mode="soft", with_kl=True, noise=noise)
     for x in (embeds, dfeatures):
         assert x.permute(0, 2, 3, 1).is_contiguous()
