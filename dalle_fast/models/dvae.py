@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_fast import rng
 from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.models.saving import Pretrained
+from dalle_fast.ops.codebook_indices import codebook_indices
 from dalle_fast.ops.gumbel_codebook import gumbel_codebook
 
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -160,9 +162,11 @@ class DiscreteVAE(Pretrained):
         Returns: int64 [B, n], raster order. No layer here depends on the training flag, so it is left alone.
         """
         self._check_image(images)
+        features = self.encoder[:-1](self.norm(images))
+        last = cast(nn.Conv2d, self.encoder[-1])
         if isinstance(self.codebook, VectorQuantiser):
-            return self.codebook.nearest(self.encoder(self.norm(images))).flatten(1)
-        return self(images, return_logits=True).argmax(dim=1).flatten(1)
+            return self.codebook.nearest(last(features)).flatten(1)
+        return codebook_indices(features, last.weight.flatten(1), last.bias).flatten(1)
 
     def decode(self, img_seq: Tensor) -> Tensor:
         """Pictures of code grids.
@@ -183,7 +187,8 @@ class DiscreteVAE(Pretrained):
         temp: float | None = None,
         gumbel_noise: Tensor | None = None,
         *,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
+        first_row: int | None = None,
         return_statistics: bool = False,
     ) -> Tensor | tuple[Tensor | ForwardStatistics, ...]:
         """Reconstructs pictures through noisily chosen codes, or through the nearest ones (vq).
@@ -193,6 +198,8 @@ class DiscreteVAE(Pretrained):
             return_logits: only the logits of every code.   return_loss: the loss.   return_recons: (loss, pictures).
             gumbel_noise: [B, K, h, w] instead of noise from a seed.
             seed: of the noise; default drawn from torch's default generator, so that a second call differs.
+            first_row: number of the first of these B h w positions in the batch of all ranks and accumulation steps
+                that share a seed; default `rng.first_row_of_rank`: ranks never meet each other's noise.
             return_statistics: with return_loss, also ForwardStatistics, last. Costs nothing.
         Returns: pictures [B, c, S, S], normalised; or logits [B, K, h, w]; or the scalar loss; or what was asked for
             of (loss, pictures, statistics).
@@ -204,6 +211,7 @@ class DiscreteVAE(Pretrained):
         img = self.norm(img)
         if self.quantizer == "vq":
             _check_no_noise(return_logits=return_logits or None, temp=temp, gumbel_noise=gumbel_noise, seed=seed)
+            _check_no_noise(first_row=first_row)
         elif return_logits:
             return self.encoder(img)
 
@@ -212,7 +220,9 @@ class DiscreteVAE(Pretrained):
             noisy_codes, weight = codes, self.commitment_loss_weight
         else:
             with_kl = return_loss and self.kl_div_loss_weight != 0
-            embeds, codes, noisy_codes, penalty = self._through_gumbel(img, with_kl, temp, gumbel_noise, seed)
+            embeds, codes, noisy_codes, penalty = self._through_gumbel(
+                img, with_kl=with_kl, temp=temp, gumbel_noise=gumbel_noise, seed=seed, first_row=first_row
+            )
             weight = self.kl_div_loss_weight
         out = self.decoder(embeds)
         if not return_loss:
@@ -220,26 +230,35 @@ class DiscreteVAE(Pretrained):
 
         reconstruction = self.loss_fn(out, img)
         loss = reconstruction if penalty is None else reconstruction + penalty * weight
-        statistics = ForwardStatistics(
-            codes, noisy_codes, reconstruction.detach(), None if penalty is None else penalty.detach()
-        )
-        wanted = (loss, *[out] * return_recons, *[statistics] * return_statistics)
-        return wanted if len(wanted) > 1 else loss
+        wanted = (loss, out) if return_recons else (loss,)
+        if return_statistics:
+            penalty = None if penalty is None else penalty.detach()
+            return *wanted, ForwardStatistics(codes, noisy_codes, reconstruction.detach(), penalty)
+        return wanted if return_recons else loss
 
     def _through_gumbel(
-        self, img: Tensor, with_kl: bool, temp: float | None, gumbel_noise: Tensor | None, seed: int | None
+        self,
+        img: Tensor,
+        *,
+        with_kl: bool,
+        temp: float | None,
+        gumbel_noise: Tensor | None,
+        seed: int | Tensor | None,
+        first_row: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Normalised pictures -> embeds [B, D, h, w], codes and noisy codes [B, h, w], KL or None."""
         features = self.encoder[:-1](img)
         to_logits = cast(nn.Conv2d, self.encoder[-1])
-        dtype = features.dtype  # autocast: 16-bit features beside float32 parameters
+        if first_row is None:
+            first_row = rng.first_row_of_rank(features.shape[0] * features.shape[2] * features.shape[3])
         return gumbel_codebook(
             features,
-            to_logits.weight.flatten(1).to(dtype),
-            cast(Tensor, to_logits.bias).to(dtype),
-            self.codebook.weight.to(dtype),
+            to_logits.weight.flatten(1),
+            to_logits.bias,
+            self.codebook.weight,
             temperature=self.temperature if temp is None else temp,
             seed=seed,
+            first_row=first_row,
             straight_through=self.straight_through,
             reinmax=self.reinmax,
             with_kl=with_kl,

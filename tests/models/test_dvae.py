@@ -20,7 +20,7 @@ def _images(batch=2, channels=3, size=16):
 
 
 @pytest.mark.parametrize("name", names("vae"))
-def test_equals_the_original(name):
+def test_equals_the_original(name, bottleneck):
     case = golden(name)
     vae = case.build_vae()
     img, noise, temp = case.inputs["img"].requires_grad_(), case.inputs["gumbel_noise"], case.spec["call"]["temp"]
@@ -38,7 +38,7 @@ def test_equals_the_original(name):
         case.check(f"grad.{parameter_name}", parameter.grad)
 
 
-def test_the_originals_trainer_checkpoint_loads():
+def test_the_originals_trainer_checkpoint_loads(bottleneck):
     case = golden("checkpoint_vae")
     checkpoint = torch.load(FOLDER / "checkpoint_vae.pt", weights_only=True)
     vae = DiscreteVAE(**checkpoint["hparams"])
@@ -49,7 +49,7 @@ def test_the_originals_trainer_checkpoint_loads():
     case.check("decoded", vae.decode(case.outputs["codes"]))
 
 
-def test_three_steps_of_adam_go_as_the_originals():
+def test_three_steps_of_adam_go_as_the_originals(bottleneck):
     case = golden("checkpoint_vae")
     vae = DiscreteVAE(**case.models["vae"], smooth_l1_loss=True, kl_div_loss_weight=0.0)
     vae.load_state_dict(case.weights)
@@ -84,7 +84,7 @@ def test_noise_differs_by_call_and_repeats_with_the_seed():
     assert torch.equal(vae(images), first)
 
 
-def test_noise_repeats_under_checkpointing():
+def test_noise_repeats_under_checkpointing(bottleneck):
     vae, images = _vae(), _images()
 
     def gradient(forward):
@@ -95,7 +95,7 @@ def test_noise_repeats_under_checkpointing():
     assert torch.equal(checkpointed, gradient(lambda: vae(images)))
 
 
-def test_codes_and_training_flag_survive_each_other():
+def test_codes_and_training_flag_survive_each_other(bottleneck):
     vae, images = _vae(), _images()
     for training in (True, False):
         vae.train(training)
@@ -149,7 +149,16 @@ def test_decode_places_codes_in_raster_order():
     assert rows.max() < 8 and cols.min() >= 24
 
 
-def test_an_empty_batch():
+@pytest.mark.parametrize("quantizer", ["gumbel", "vq"])
+def test_decoding_is_a_gather_equal_to_the_one_hot_product(quantizer):
+    vae = _vae(quantizer=quantizer)
+    codes = torch.randint(0, 12, (2, 16), generator=torch.Generator().manual_seed(2))
+    one_hot = torch.nn.functional.one_hot(codes, 12).to(vae.codebook.weight.dtype)
+    embeds = (one_hot @ vae.codebook.weight).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    assert torch.equal(vae.decode(codes), vae.decoder(embeds))
+
+
+def test_an_empty_batch(bottleneck):
     vae = _vae()
     assert vae(_images(0)).shape == (0, 3, 16, 16)
     assert vae.get_codebook_indices(_images(0)).shape == (0, 16)
@@ -190,7 +199,7 @@ def test_kl_is_computed_only_where_it_counts(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [{}, {"straight_through": True}, {"straight_through": True, "reinmax": True}])
-def test_bfloat16_autocast_and_half_precision_run(mode):
+def test_bfloat16_autocast_and_half_precision_run(mode, bottleneck):
     vae, images = _vae(**mode, kl_div_loss_weight=0.01), _images()
     with torch.autocast("cpu", torch.bfloat16):
         loss = vae(images, return_loss=True)
@@ -199,7 +208,8 @@ def test_bfloat16_autocast_and_half_precision_run(mode):
     assert vae.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_few_steps_learn_four_plain_colours():
+@pytest.mark.parametrize("bottleneck", ["reference", "cpu"], indirect=True)  # interpreted Triton: minutes
+def test_a_few_steps_learn_four_plain_colours(bottleneck):
     vae, images = _vae(), _images(4, size=1).expand(-1, -1, 16, 16)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
     losses = []
