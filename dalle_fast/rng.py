@@ -103,11 +103,11 @@ def seeds_to_tensor(
 
 
 def draw_seed(device: torch.device | str | None = None) -> Tensor:
-    """A fresh seed from torch's default generator, the one that resolve_seeds(None, 1) gives, as int64 [1].
+    """A fresh seed from torch's default generator, as int64 [1].
 
     It is never read by the host: torch.compile keeps it a tensor, a GPU does not wait.
     """
-    return torch.empty(1, dtype=torch.int64).random_().to(device, non_blocking=True)
+    return torch.randint(2**63 - 1, (1,)).to(device, non_blocking=True)
 
 
 def first_row_of_rank(rows: int) -> int:

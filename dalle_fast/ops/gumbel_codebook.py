@@ -24,6 +24,7 @@ from dalle_fast.ops.support import (
     auto_avoids_triton,
     in_autocast_dtype,
     refuse_second_derivative,
+    seed_tensor,
     why_not_cpu,
     why_not_triton,
 )
@@ -80,7 +81,7 @@ def gumbel_codebook(
     _check_temperature(temperature)
     _check_first_row(first_row, features)
     if gumbel_noise is None:
-        noise, seeds = None, _seed_tensor(seed, features.device)
+        noise, seeds = None, seed_tensor(OP, seed, features.device)
     else:
         noise, seeds = _check_noise(gumbel_noise, seed, features, codebook), None
     chosen = dispatch.choose(OP, impl, **facts(features, codebook))
@@ -154,9 +155,25 @@ def _reference(
     )
 
 
-def _fused(*arguments: Any, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The custom op: arguments as those of `_reference`."""
-    embeds, codes, noisy_codes, kl, _ = _forward(*arguments, impl)
+def _fused(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    first_row: int,
+    temperature: float,
+    mode: str,
+    with_kl: bool,
+    *,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # A tensor, for the same reason as the seed: torch.compile would compile anew for each float of a falling schedule.
+    divisor = torch.full((), temperature, dtype=torch.float64, device="cpu")
+    embeds, codes, noisy_codes, kl, _ = _forward(
+        features, weight, bias, codebook, noise, seed, divisor, first_row, mode, with_kl, impl
+    )
     return embeds, codes, noisy_codes, kl
 
 
@@ -178,8 +195,8 @@ def _forward(
     codebook: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    temperature: Tensor,
     first_row: int,
-    temperature: float,
     mode: str,
     with_kl: bool,
     impl: str,
@@ -196,7 +213,7 @@ def _forward(
         noise,
         seed,
         first_row=first_row,
-        temperature=temperature,
+        temperature=temperature.item(),
         mode=mode,
         with_kl=with_kl,
     )
@@ -212,11 +229,11 @@ def _backward(
     codebook: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    temperature: Tensor,
     embeds: Tensor,
     noisy_codes: Tensor,
     statistics: Tensor,
     first_row: int,
-    temperature: float,
     mode: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -237,7 +254,7 @@ def _backward(
         noisy_codes,
         statistics,
         first_row=first_row,
-        temperature=temperature,
+        temperature=temperature.item(),
         mode=mode,
     )
 
@@ -287,9 +304,9 @@ def _maps_like(features: Tensor, channels: int, impl: str) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, first_row, temperature, mode, ctx.with_kl, impl = inputs
+    *tensors, first_row, mode, ctx.with_kl, impl = inputs
     embeds, codes, noisy_codes, _, statistics = output
-    ctx.rest = first_row, temperature, mode, impl
+    ctx.rest = first_row, mode, impl
     ctx.mark_non_differentiable(codes, noisy_codes, statistics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, embeds, noisy_codes, statistics)
@@ -361,20 +378,6 @@ def _check_noise(noise: Tensor, seed: int | Tensor | None, features: Tensor, cod
     shape = {"B": batch, "K": len(codebook), "h": height, "w": width}
     check_shape(OP, "gumbel_noise", noise, shape, "There is one number a code and position.")
     return noise.detach()
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as int64 [1] on `device`, which no host waits for."""
-    if seed is None:
-        return rng.draw_seed(device)
-    if not isinstance(seed, Tensor):
-        return rng.seeds_to_tensor([seed], op=OP).to(device, non_blocking=True)
-    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device.type not in ("cpu", device.type):
-        raise TypeError(
-            f"{OP}: seed as a tensor must be int64 [1] on the CPU or the device of features, got {dtype_name(seed)}"
-            f" {list(seed.shape)} on {seed.device}. Make it with rng.seeds_to_tensor."
-        )
-    return seed.to(device, non_blocking=True)
 
 
 def _check_first_row(first_row: int, features: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What several ops share: why an implementation cannot run a call, in words (see `dispatch.register`); autocast."""
+"""What several ops share: in words why an implementation cannot run (see `dispatch.register`); autocast; seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from dalle_fast import _extension, dispatch
+from dalle_fast import _extension, dispatch, rng
+from dalle_fast.ops.checks import dtype_name
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,6 +61,23 @@ def in_autocast_dtype(t: T) -> T:
         return t
     device = t.device.type
     return t.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else t
+
+
+def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as int64 [1] on `device`, fresh where None is given; no host waits for it.
+
+    Raises: TypeError, ValueError (not one number in 0 .. 2**64 - 1, not a tensor that `rng.seeds_to_tensor` makes).
+    """
+    if seed is None:
+        return rng.draw_seed(device)
+    if not isinstance(seed, Tensor):
+        return rng.seeds_to_tensor([seed], op=op).to(device, non_blocking=True)
+    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device.type not in ("cpu", device.type):
+        raise TypeError(
+            f"{op}: seed as a tensor must be int64 [1] on the CPU or the device of features, got {dtype_name(seed)}"
+            f" {list(seed.shape)} on {seed.device}. Make it with rng.seeds_to_tensor."
+        )
+    return seed.to(device, non_blocking=True)
 
 
 def refuse_second_derivative(op: str) -> Callable[..., NoReturn]:
