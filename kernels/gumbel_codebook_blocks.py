@@ -85,6 +85,33 @@ def products(
 
 
 @triton.jit
+def entry_products(
+    do_ptr,
+    offsets,
+    stride_c,
+    in_rows,
+    codebook_ptr,
+    quad,
+    N_CODES: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """g, the products of dO and the entries of the codes, in four lanes, float32 [BLOCK_M, QUADS] each.
+
+    Read anew for every block: held, dO or the entries would take the registers or the shared memory of a block.
+    """
+    zero = tl.zeros([BLOCK_M, quad.shape[0]], tl.float32)
+    lanes = (zero, zero, zero, zero)
+    for first in range(0, DIM, BLOCK_D):
+        do = load_rows(do_ptr, offsets, stride_c, first, in_rows, DIM, BLOCK_D)
+        for lane in tl.static_range(4):
+            entries = load_codes(codebook_ptr, 4 * quad + lane, first, N_CODES, DIM, BLOCK_D)
+            lanes = with_lane(lanes, lane, tl.dot(do, tl.trans(entries), lanes[lane], input_precision="ieee"))
+    return lanes
+
+
+@triton.jit
 def load_bias(bias_ptr, code, N_CODES: tl.constexpr, HAS_BIAS: tl.constexpr):
     """float32, shape of code: what is added to a product to make a logit; LOWEST beyond the last code."""
     if HAS_BIAS:

@@ -17,6 +17,7 @@ from dalle_fast.kernels.gumbel_codebook_arguments import Call, cdiv, strides
 from dalle_fast.kernels.gumbel_codebook_blocks import (
     LOG2_E,
     draw,
+    entry_products,
     load_bias,
     load_codes,
     load_rows,
@@ -135,13 +136,9 @@ def _gumbel_codebook_bwd_weight(
         x_offsets = row_offsets(row, features_strides, pixels, width)
         do_offsets = row_offsets(row, do_strides, pixels, width)
         x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
-        zero = tl.zeros([BLOCK_M, QUADS], tl.float32)
-        gs = (zero, zero, zero, zero)
-        for first_d in range(0, DIM, BLOCK_D):
-            do = load_rows(do_ptr, do_offsets, do_strides[1], first_d, in_rows, DIM, BLOCK_D)
-            for lane in tl.static_range(4):
-                entries = load_codes(codebook_ptr, 4 * quad + lane, first_d, N_CODES, DIM, BLOCK_D)
-                gs = with_lane(gs, lane, tl.dot(do, tl.trans(entries), gs[lane], input_precision="ieee"))
+        gs = entry_products(
+            do_ptr, do_offsets, do_strides[1], in_rows, codebook_ptr, quad, N_CODES, DIM, BLOCK_M, BLOCK_D
+        )
         main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(
             statistics_ptr, row, n_rows, REINMAX, WITH_KL
         )

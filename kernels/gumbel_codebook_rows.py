@@ -19,6 +19,7 @@ from dalle_fast.kernels.gumbel_codebook_arguments import Call, cdiv, strides
 from dalle_fast.kernels.gumbel_codebook_blocks import (
     LOG2_E,
     draw,
+    entry_products,
     load_bias,
     load_codes,
     load_rows,
@@ -34,8 +35,8 @@ from torch import Tensor
 def _visit_lane(
     code,
     noise,
+    g,
     x,
-    do,
     chosen,
     centre,
     main_max,
@@ -52,13 +53,9 @@ def _visit_lane(
     features_ptr,
     weight_ptr,
     bias_ptr,
-    codebook_ptr,
-    do_ptr,
     x_offsets,
-    do_offsets,
     in_rows,
     stride_x_c,
-    stride_do_c,
     first_f,
     rate,
     per_temperature,
@@ -67,22 +64,15 @@ def _visit_lane(
     HAS_BIAS: tl.constexpr,
     N_CODES: tl.constexpr,
     N_FEATURES: tl.constexpr,
-    DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """One lane of codes [QUADS] joins the sums over codes: see `_gumbel_codebook_bwd_rows`."""
     weight = load_codes(weight_ptr, code, 0, N_CODES, N_FEATURES, BLOCK_F)
-    entries = load_codes(codebook_ptr, code, 0, N_CODES, DIM, BLOCK_D)
     logits = products(
         x, tl.trans(weight), features_ptr, x_offsets, stride_x_c, in_rows, weight_ptr, code, N_CODES,
         N_FEATURES, BLOCK_F,
     )  # fmt: skip
     logits += load_bias(bias_ptr, code, N_CODES, HAS_BIAS)[None, :]  # [BLOCK_M, QUADS]
-    g = products(
-        do, tl.trans(entries), do_ptr, do_offsets, stride_do_c, in_rows, codebook_ptr, code, N_CODES, DIM,
-        BLOCK_D,
-    )  # fmt: skip
     g -= centre[:, None]
     if BLOCK_F < N_FEATURES:  # the features whose gradient this program forms
         weight = load_codes(weight_ptr, code, first_f, N_CODES, N_FEATURES, BLOCK_F)
@@ -159,14 +149,11 @@ def _gumbel_codebook_bwd_rows(
     seed = 0 if HAS_NOISE or REINMAX else tl.load(seed_ptr)
 
     x = load_rows(features_ptr, x_offsets, features_strides[1], 0, in_rows, N_FEATURES, BLOCK_F)
-    do = load_rows(do_ptr, do_offsets, do_strides[1], 0, in_rows, DIM, BLOCK_D)
-    embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], 0, in_rows, DIM, BLOCK_D)
-    centre = tl.sum(do.to(tl.float32) * embeds.to(tl.float32), axis=1)
-    if BLOCK_D < DIM:
-        for first in range(BLOCK_D, DIM, BLOCK_D):
-            do_chunk = load_rows(do_ptr, do_offsets, do_strides[1], first, in_rows, DIM, BLOCK_D)
-            embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], first, in_rows, DIM, BLOCK_D)
-            centre += tl.sum(do_chunk.to(tl.float32) * embeds.to(tl.float32), axis=1)
+    centre = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, DIM, BLOCK_D):
+        do = load_rows(do_ptr, do_offsets, do_strides[1], first, in_rows, DIM, BLOCK_D)
+        embeds = load_rows(embeds_ptr, embeds_offsets, embeds_strides[1], first, in_rows, DIM, BLOCK_D)
+        centre += tl.sum(do.to(tl.float32) * embeds.to(tl.float32), axis=1)
     main_max, main_sum, plain_max, plain_sum, expected = load_softmaxes(statistics_ptr, row, n_rows, REINMAX, WITH_KL)
     dkl = tl.load(dkl_ptr) if WITH_KL else 0.0
     chosen = tl.load(chosen_ptr + row, mask=in_rows, other=0).to(tl.int32)
@@ -180,12 +167,15 @@ def _gumbel_codebook_bwd_rows(
         noises = (0.0, 0.0, 0.0, 0.0)
         if not REINMAX:
             noises = draw(noise_ptr, seed, noise_offsets, noise_strides[1], position, quad, in_rows, N_CODES, HAS_NOISE)
+        gs = entry_products(
+            do_ptr, do_offsets, do_strides[1], in_rows, codebook_ptr, quad, N_CODES, DIM, BLOCK_M, BLOCK_D
+        )
         for lane in tl.static_range(4):
             dx, main_w, plain_w, main_mean, plain_mean = _visit_lane(
-                4 * quad + lane, noises[lane], x, do, chosen, centre, main_max, main_sum, plain_max, plain_sum,
+                4 * quad + lane, noises[lane], gs[lane], x, chosen, centre, main_max, main_sum, plain_max, plain_sum,
                 expected, dkl, dx, main_w, plain_w, main_mean, plain_mean, features_ptr, weight_ptr, bias_ptr,
-                codebook_ptr, do_ptr, x_offsets, do_offsets, in_rows, features_strides[1], do_strides[1],
-                first_f, rate, per_temperature, REINMAX, WITH_KL, HAS_BIAS, N_CODES, N_FEATURES, DIM, BLOCK_F, BLOCK_D,
+                x_offsets, in_rows, features_strides[1], first_f, rate, per_temperature, REINMAX, WITH_KL, HAS_BIAS,
+                N_CODES, N_FEATURES, BLOCK_F,
             )  # fmt: skip
 
     if REINMAX:
