@@ -132,7 +132,8 @@ def _by_reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Results:
     total: Results = {}
     for picture in range(batch):
         image = inputs.images[picture : picture + 1].to(dtype)
-        noise = codebook.noise_of(sizes, picture, image.device).to(dtype)
+        noise = codebook.noise_of(sizes, picture, image.device)
+        noise = noise if dtype == torch.float64 else codebook.as_drawn(noise).to(dtype)
         with _on("reference"):
             loss = model(image, return_loss=True, gumbel_noise=noise) / batch
         found = _gradients(model, loss)

@@ -34,10 +34,14 @@ MEASURED_BATCH = 8  # of the oracle and of all that is judged by it in seconds
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def _family(shape: str, kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[Case, ...]:
+def _family(
+    device: str | None, shape: str, kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...]
+) -> tuple[Case, ...]:
     # both modes of a kind one after the other: the oracle keeps what it has computed last
     return tuple(
-        Case(f"{shape}_{kind}", SHAPES[shape] | {"straight_through": kind == "hard"}, dtype, shape == "toy", mode)
+        Case(
+            f"{shape}_{kind}", SHAPES[shape] | {"straight_through": kind == "hard"}, dtype, shape == "toy", mode, device
+        )
         for kind in kinds
         for dtype in dtypes
         for mode in (BOTH, FORWARD)
@@ -45,13 +49,19 @@ def _family(shape: str, kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...])
 
 
 CASES = (
-    *_family("b1", ("soft", "hard"), (F32, BF16)),
-    *_family("b8", ("soft",), (F32, BF16)),
-    *_family("odd_17x23", ("soft", "hard"), (F32,)),
-    *_family("odd_16x16", ("soft",), (F32, BF16)),
-    *_family("b8", ("hard",), (F32,)),
-    *_family("b64", ("soft",), (F32, BF16)),
-    *_family("toy", ("soft", "hard"), (F32, BF16)),
+    *_family("cpu", "b1", ("soft", "hard"), (F32, BF16)),
+    *_family("cpu", "b8", ("soft",), (F32, BF16)),
+    *_family("cpu", "odd_17x23", ("soft", "hard"), (F32,)),
+    *_family("cpu", "odd_16x16", ("soft",), (F32, BF16)),
+    *_family("cpu", "b8", ("hard",), (F32,)),
+    *_family("cpu", "b64", ("soft",), (F32, BF16)),
+    *_family("cuda", "b8", ("soft",), (BF16, F32)),
+    *_family("cuda", "b64", ("soft",), (BF16,)),
+    *_family("cuda", "b8", ("hard",), (BF16,)),
+    *_family("cuda", "b1", ("soft",), (BF16,)),
+    *_family("cuda", "odd_17x23", ("soft",), (F32,)),
+    *_family("cuda", "odd_16x16", ("soft",), (BF16,)),
+    *_family(None, "toy", ("soft", "hard"), (F32, BF16)),
 )
 
 

@@ -33,6 +33,7 @@ PEAK_LOGITS = {
 }
 RESERVE = 1.2
 MEMINFO = Path("/proc/meminfo")
+CUDA_COMPILED_BATCH = 8
 BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16")
 
 
@@ -132,6 +133,9 @@ def _missing(case: Case, device: torch.device, *, autocast: bool, compiled: bool
         return "logits of 16 bits choose other codes than the oracle: autocast is verified soft."
     if autocast and device.type == "cpu" and not _has_bfloat16_products():
         return "this processor has no bfloat16 products: autocast is no faster than float32."
+    measured = autocast and case.mode == BOTH and case.sizes["batch"] == CUDA_COMPILED_BATCH
+    if compiled and device.type == "cuda" and not measured:
+        return f"compiles for long: on a GPU it is measured under autocast, {BOTH}, at batch {CUDA_COMPILED_BATCH}."
     return too_large("original_compiled" if compiled else "original_lines", case, device)
 
 

@@ -63,7 +63,9 @@ def test_cost_counts_the_tensors_and_their_products(case: Case) -> None:
 
 
 def test_each_measurement_is_named_once() -> None:
-    assert len({case.label for case in CASES}) == len(CASES)
+    for device in ("cpu", "cuda"):
+        labels = [case.label for case in CASES if case.device in (None, device)]
+        assert len(labels) == len(set(labels))
 
 
 def test_what_does_not_fit_is_absent_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +76,16 @@ def test_what_does_not_fit_is_absent_in_words(monkeypatch: pytest.MonkeyPatch) -
     assert "16 GB are free" in reason
     monkeypatch.setattr(codebook_peers, "_free_bytes", lambda device: 64 * 10**9)
     assert codebook_peers.too_large("original_lines", case, CPU) is None
+
+
+def test_few_lines_are_compiled_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook_peers, "_free_bytes", lambda device: None)
+
+    def is_compiled(case: Case) -> bool:
+        return codebook_peers._missing(case, torch.device("cuda"), autocast=True, compiled=True) is None
+
+    compiled = [case.label for case in CASES if case.device == "cuda" and is_compiled(case)]
+    assert compiled == [f"b8_soft {codebook.BOTH} bfloat16"]
 
 
 def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
