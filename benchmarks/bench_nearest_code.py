@@ -60,7 +60,12 @@ def _by_cdist(case: Case, inputs: Inputs, device: torch.device) -> Job:
 
 def _cost(case: Case) -> Cost:
     rows, codes, width = (case.sizes[name] for name in ("rows", "codes", "width"))
-    return Cost(read_bytes=4 * width * (rows + codes), write_bytes=8 * rows, flops=2 * rows * codes * width)
+    return Cost(
+        read_bytes=4 * width * (rows + codes),
+        write_bytes=8 * rows,
+        flops=2 * rows * codes * width,
+        result_bytes=8 * rows,
+    )
 
 
 BENCHMARK = Benchmark(
