@@ -12,7 +12,7 @@ class Sizes(NamedTuple):
 
     block_m: int  # rows
     block_n: int  # codes, in four lanes
-    block_c: int  # channels of the codebook in a block, at most: fewer where the codebook is narrower
+    block_c: int  # channels of the codebook in a block, at most: fewer where it is narrower
     num_warps: int
     num_stages: int
 
@@ -22,7 +22,7 @@ class Launch(NamedTuple):
 
     forward: Sizes  # the mixture, soft; block_c splits it over programs, each of which forms all logits
     search: Sizes  # codes and statistics only: straight_through, reinmax, `codes`
-    rows: Sizes  # dfeatures
+    rows: Sizes  # dfeatures; block_c is how much of a product is formed at once, as in weight
     weight: Sizes  # dweight, dbias
     codebook: Sizes  # dcodebook; block_c splits it, as in forward
 
@@ -36,50 +36,38 @@ class Row(NamedTuple):
     measured: str
 
 
-NOT_MEASURED = "compiled for sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120; not yet measured"
+NOT_MEASURED = "compiled for sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120 without spills; not yet measured"
 # By shared memory and matrix units. 80: at most 99 KB a block on some, products out of registers. 90, 100: 227 KB,
-# products out of shared memory.
+# products out of shared memory, of 64 rows a warp group.
 SMALL = (80, 120)
 LARGE = (90, 100, 110)
 ALL = SMALL + LARGE
 
+_SMALL_16 = Launch(
+    forward=Sizes(128, 64, 128, 8, 2),
+    search=Sizes(64, 64, 128, 4, 2),
+    rows=Sizes(64, 64, 64, 8, 2),
+    weight=Sizes(64, 32, 64, 4, 2),
+    codebook=Sizes(64, 64, 128, 8, 2),
+)
+_LARGE_16 = Launch(
+    forward=Sizes(128, 64, 256, 8, 2),
+    search=Sizes(64, 64, 128, 4, 2),
+    rows=Sizes(64, 64, 128, 4, 2),
+    weight=Sizes(64, 32, 128, 4, 3),
+    codebook=Sizes(64, 64, 256, 8, 2),
+)
+_ALL_32 = Launch(
+    forward=Sizes(32, 64, 256, 8, 1),
+    search=Sizes(32, 64, 64, 8, 1),
+    rows=Sizes(32, 32, 64, 8, 1),
+    weight=Sizes(32, 32, 32, 8, 1),
+    codebook=Sizes(32, 64, 64, 8, 1),
+)
 TABLE = (
-    Row(
-        SMALL,
-        2,
-        Launch(
-            forward=Sizes(64, 64, 256, 8, 1),
-            search=Sizes(64, 64, 256, 4, 2),
-            rows=Sizes(64, 64, 256, 8, 1),
-            weight=Sizes(32, 64, 256, 8, 1),
-            codebook=Sizes(32, 64, 256, 8, 2),
-        ),
-        NOT_MEASURED,
-    ),
-    Row(
-        LARGE,
-        2,
-        Launch(
-            forward=Sizes(64, 64, 512, 8, 1),
-            search=Sizes(64, 64, 256, 4, 2),
-            rows=Sizes(64, 64, 512, 8, 1),
-            weight=Sizes(64, 64, 512, 8, 1),
-            codebook=Sizes(64, 64, 512, 8, 2),
-        ),
-        NOT_MEASURED,
-    ),
-    Row(
-        ALL,
-        4,
-        Launch(
-            forward=Sizes(32, 64, 128, 8, 1),
-            search=Sizes(32, 64, 128, 8, 1),
-            rows=Sizes(32, 64, 128, 8, 1),
-            weight=Sizes(32, 64, 128, 8, 1),
-            codebook=Sizes(32, 64, 128, 8, 1),
-        ),
-        NOT_MEASURED,
-    ),
+    Row(SMALL, 2, _SMALL_16, NOT_MEASURED),
+    Row(LARGE, 2, _LARGE_16, NOT_MEASURED),
+    Row(ALL, 4, _ALL_32, NOT_MEASURED),
 )
 
 
