@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+# What waits for values and draws is no part of a graph. torch.compiler.disable would import torch._dynamo, and Triton
+# with it, where this module is imported; this does at the first call, as torch's optimisers do.
+from torch._compile import _disable_dynamo as _not_compiled
+
 from dalle_fast.ops.nearest_code import nearest_code
 
 _START_POOL = 8192  # vectors that the first codes are drawn from
@@ -138,6 +142,7 @@ class VectorQuantiser(nn.Module):
     def _nearest(self, vectors: Tensor) -> Tensor:
         return nearest_code(vectors, self.weight, normalised=self.normalised)
 
+    @_not_compiled
     @torch.no_grad()
     def _prepare(self, vectors: Tensor) -> None:
         """What is due before a batch is quantised in training."""
@@ -155,6 +160,7 @@ class VectorQuantiser(nn.Module):
         if self.revive_below > 0 and updates and updates % _REVIVE_EVERY == 0 and not self.collected:
             self._revive(vectors)
 
+    @_not_compiled
     @torch.no_grad()
     def _collect(self, vectors: Tensor, codes: Tensor) -> None:
         counts = torch.bincount(codes, minlength=len(self.weight)).to(self.weight.dtype)
@@ -265,6 +271,7 @@ def _gathered(rows: Tensor) -> Tensor:
     return torch.cat(every)
 
 
+@_not_compiled
 def _is_recomputed() -> bool:
     """Whether this forward pass is part of a backward pass: activation checkpointing repeats it."""
     return torch._C._current_graph_task_id() != -1

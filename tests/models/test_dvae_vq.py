@@ -93,6 +93,21 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in vae.state_dict().items())
 
 
+def test_compiled_it_learns_the_same_and_is_one_graph_in_evaluation():
+    plain, compiled = (vq(codebook_decay=0.5, revive_codes_below=0.5) for _ in range(2))
+    torch.compiler.reset()
+    run = torch.compile(compiled, backend="aot_eager")
+    for seed in range(15):
+        assert torch.equal(run(pictures(seed=seed)), plain(pictures(seed=seed)))
+    state = compiled.state_dict()
+    assert plain.codebook.revived > 0
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    plain.eval()
+    for function in (plain, plain.get_codebook_indices):
+        whole = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert torch.equal(whole(pictures()), function(pictures()))
+
+
 def test_dalle_draws_with_it_and_teaches_it_nothing(tmp_path):
     vae = vq()
     vae(pictures())  # an update is due
