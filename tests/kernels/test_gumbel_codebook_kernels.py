@@ -28,7 +28,7 @@ MODES = ("soft", "straight_through", "reinmax")
 CHOICES = {
     "mode": list(MODES),
     "dtype": list(DTYPES),
-    "n_codes": [37, 2, 64, 70],
+    "n_codes": [37, 9, 64, 70],
     "dim": [20, 8, 40],  # of blocks of 16
     "n_features": [5, 16, 24],  # of blocks of 16
     "with_kl": [True, False],
@@ -239,9 +239,10 @@ def test_large_logits_and_low_temperature_stay_finite_and_within_the_budget(mode
     check(inputs, torch.float32, mode=mode, noise=noise, with_kl=True, temperature=1 / 16)
 
 
+@pytest.mark.parametrize("n_codes, grid, batch", [(1, (1, 1), 1), (2, (3, 5), 2)], ids=["one", "two"])
 @every_mode
-def test_one_code_and_one_row(mode):
-    inputs, noise = make_inputs(1, 8, 3, (1, 1), batch=1)
+def test_fewest_codes(mode, n_codes, grid, batch):
+    inputs, noise = make_inputs(n_codes, 8, 3, grid, batch=batch)
     check(inputs, torch.float32, mode=mode, noise=noise, with_kl=True)
 
 
