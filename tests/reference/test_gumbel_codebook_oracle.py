@@ -94,6 +94,32 @@ def test_equals_the_originals_lines(mode):
         assert_same_in_float64(value, expected[name], N_TERMS, name)
 
 
+def _one_row(x, weight, bias, codebook, noise, mode):
+    """Embeddings, codes and KL of one row in Python numbers, an index at a time."""
+    codes = range(len(weight))
+    logits = [sum(x[f] * weight[k][f] for f in range(len(x))) + bias[k] for k in codes]
+    noisy = [logits[k] + noise[k] for k in codes]
+    chosen = max(codes, key=lambda k: noisy[k])  # the first of equal ones
+    weights = [math.exp(noisy[k] / TAU) if mode == "soft" else float(k == chosen) for k in codes]
+    total = sum(weights)
+    embeds = [sum(weights[k] / total * codebook[k][d] for k in codes) for d in range(len(codebook[0]))]
+    normaliser = sum(math.exp(value) for value in logits)
+    q = [math.exp(value) / normaliser for value in logits]
+    return embeds, max(codes, key=lambda k: logits[k]), chosen, sum(p * math.log(p * len(q)) for p in q)
+
+
+@every_mode
+def test_equals_a_double_loop(mode):
+    features, weight, bias, codebook, noise = _inputs()
+    found = gumbel_codebook(features, weight, bias, codebook, temperature=TAU, noise=noise, with_kl=True, **MODES[mode])
+    tables = [t.tolist() for t in (weight, bias, codebook)]
+    rows = [_one_row(x, *tables, n, mode) for x, n in zip(_rows(features).tolist(), _rows(noise).tolist(), strict=True)]
+    embeds, codes, noisy_codes, kl = zip(*rows, strict=True)
+    assert_same_in_float64(_rows(found[0]), torch.tensor(embeds, dtype=torch.float64), N_TERMS)
+    assert found[1].flatten().tolist() == list(codes) and found[2].flatten().tolist() == list(noisy_codes)
+    assert_same_in_float64(found[3], torch.tensor(sum(kl), dtype=torch.float64), N_TERMS)
+
+
 def test_soft_passes_gradcheck():
     features, weight, bias, codebook, noise = _inputs(1, 2, 2, 3, 5, 3)
     inputs = tuple(t.requires_grad_() for t in (features, weight, bias, codebook))
