@@ -260,8 +260,11 @@ def launch_forward(call: Call, *, with_kl: bool, launch: Launch) -> tuple[Tensor
     statistics = features.new_empty(_STATISTICS, call.n_rows, dtype=torch.float32)
     soft = call.mode == "soft"
     embeds = features.new_empty(batch, height, width, codebook.shape[1]) if soft else None
+    sizes = launch.forward if soft else launch.search
+    if call.noise is not None:  # where to read it takes the registers of half of the channels
+        sizes = sizes._replace(block_c=sizes.block_c // 2)
     with launching_on(features.device):
-        _launch(call, embeds, found, noisy_codes, statistics, with_kl, launch.forward if soft else launch.search)
+        _launch(call, embeds, found, noisy_codes, statistics, with_kl, sizes)
     if embeds is None:
         embeds = codebook[noisy_codes]
     kl = statistics[DIVERGENCE.value].sum() if with_kl else statistics.new_zeros(())

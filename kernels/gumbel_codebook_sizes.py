@@ -54,12 +54,12 @@ _LARGE_16 = Launch(
     forward=Sizes(128, 64, 256, 8, 2),
     search=Sizes(64, 64, 128, 4, 2),
     rows=Sizes(64, 64, 128, 4, 2),
-    weight=Sizes(64, 32, 128, 4, 3),
+    weight=Sizes(64, 32, 64, 4, 2),
     codebook=Sizes(64, 64, 256, 8, 2),
 )
 _ALL_32 = Launch(
-    forward=Sizes(32, 64, 256, 8, 1),
-    search=Sizes(32, 64, 64, 8, 1),
+    forward=Sizes(16, 64, 256, 8, 1),
+    search=Sizes(32, 32, 64, 8, 1),
     rows=Sizes(32, 32, 64, 8, 1),
     weight=Sizes(32, 32, 32, 8, 1),
     codebook=Sizes(32, 64, 64, 8, 1),
