@@ -36,7 +36,7 @@ class Row(NamedTuple):
     measured: str
 
 
-NOT_MEASURED = "compiled for sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120 without spills; not yet measured"
+NOT_MEASURED = "compiled for every target, at most 64 bytes of spills a thread; not yet measured"
 # By shared memory and matrix units. 80: at most 99 KB a block on some, products out of registers. 90, 100: 227 KB,
 # products out of shared memory, of 64 rows a warp group.
 SMALL = (80, 120)
