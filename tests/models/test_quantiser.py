@@ -210,6 +210,20 @@ def test_codes_that_nobody_uses_are_moved_where_the_error_is():
     assert codes.flatten().tolist() == [0] * 6 + [1] * 2, "a moved code is used at once"
 
 
+def test_a_moved_code_has_time_to_be_used():
+    """Whatever the threshold, it starts at twice that and falls with the decay: 0.95 ** 10 is above a half."""
+    model = quantiser(num_codes=2, dim=1, decay=0.95, revive_below=3.0)
+    model.weight.copy_(torch.tensor([[0.0], [100.0]]))
+    model.counts.copy_(torch.tensor([8.0, 0.0]))
+    nothing, far = torch.zeros(1, 1, 2, 4).double(), torch.full((1, 1, 2, 4), 9.0).double()
+    for z in (*[nothing] * 10, far, *[nothing] * 10):
+        model(z)
+    assert model.updates == 20 and model.revived == 1 and model.weight[1] == 9
+    for _ in range(10):
+        model(nothing)
+    assert model.revived == 2
+
+
 def test_no_code_is_moved_with_revival_off():
     model = quantiser(num_codes=2, dim=1, decay=0.5, revive_below=0.0)
     model.weight.copy_(torch.tensor([[0.0], [100.0]]))
