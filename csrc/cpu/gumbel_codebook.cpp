@@ -64,7 +64,7 @@ int32_t backward_chunk(const GumbelCodebook& op, const Plan& plan, int64_t first
   int32_t status = parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) gumbel_codebook_prepare(op, first + t, prepared + t * plan.prepared);
   });
-  if (status == 0 && !op.delta_is_product()) {
+  if (status == 0 && !op.centre_is_mean()) {
     status = tile_groups(op, tiles, scratch, [&](int64_t begin, int64_t count, float* memory) {
       gumbel_codebook_deltas(op, first + begin, count, prepared + begin * plan.prepared, memory);
     });

@@ -62,8 +62,9 @@ struct GumbelCodebook {
   int64_t threads;
 
   int64_t rows() const { return batch * height * width; }
-  // Whether dO . embeds is the delta. 16-bit embeds are too coarse: where one code has all the weight, g - delta cancels.
-  bool delta_is_product() const { return choice == Choice::soft && element == Element::float32; }
+  // Whether dO . embeds is the mean of g under the weights: not of hard choices, and 16-bit embeds are too coarse where one code
+  // has all the weight.
+  bool centre_is_mean() const { return choice == Choice::soft && element == Element::float32; }
 };
 
 constexpr int kBlock = 96;      // codes at once: a multiple of the 4 of a random call and of the 6 rows of a product
@@ -83,7 +84,7 @@ constexpr int64_t kScores = int64_t{kBlock + kSpareRows} * kTile;
 
 // What the backward pass keeps of a tile: x by columns and by rows, dembeds by columns and by panels of 64 columns, numbers of each
 // row (Statistic, then RowNumber).
-enum RowNumber { kDelta = kStatistics, kSecondDelta, kDivergenceWeight, kRowNumbers };
+enum RowNumber { kCentre = kStatistics, kDelta, kSecondDelta, kDivergenceWeight, kRowNumbers };
 constexpr int64_t gumbel_codebook_prepared(int64_t features, int64_t dim) {
   return 2 * tile_columns(features) + tile_columns(dim) + filled(dim, 64) * kTile + int64_t{kRowNumbers} * kTile;
 }
@@ -116,7 +117,7 @@ DALLE_FAST_KERNEL(gumbel_codebook_nearest, (const GumbelCodebook& op, int64_t fi
                   (op, first, count, scratch))
 // What the backward pass needs of a tile.
 DALLE_FAST_KERNEL(gumbel_codebook_prepare, (const GumbelCodebook& op, int64_t tile, float* prepared), (op, tile, prepared))
-// The deltas that take a sweep over all codes, for `count` tiles that follow each other.
+// The deltas, where the centre is not the mean: a sweep over all codes, for `count` tiles that follow each other.
 DALLE_FAST_KERNEL(gumbel_codebook_deltas,
                   (const GumbelCodebook& op, int64_t first, int64_t count, float* prepared, float* scratch),
                   (op, first, count, prepared, scratch))

@@ -1,10 +1,12 @@
 // gumbel_codebook backward for one instruction set. Scores, noise and weights are made again, one [96, 64] block at a time:
 //
-//     g = C dO    dl = p (g - delta) / tau + w q (l - E)      (soft, straight-through; w: gradient of the divergence)
-//     dl = 2 pi1 (g - delta) - pi0 (g - delta') / 2 + ...     (reinmax; pi1 = (onehot_j + softmax(l / tau)) / 2, pi0 = q)
+//     g = C dO - c    dl = p (g - delta) / tau + w q (l - E)    (soft, straight-through; w: gradient of the divergence)
+//     dl = 2 pi1 (g - delta) - pi0 (g - delta') / 2 + ...       (reinmax; pi1 = (onehot_j + softmax(l / tau)) / 2, pi0 = q)
 //     dx = W^T dl    dW = dl x^T    db = sum dl    dC = p dO^T, or dO added to the chosen row
 //
-// delta = sum of p g = dO . embeds where embeds are the mixture in float32; otherwise it takes a sweep of its own. A task has a slice
+// c = dO . embeds: the mean of C dO under p where embeds are the mixture, C dO at the chosen code where they are its row; g is
+// small, or 0, where the weight is, and nothing cancels. delta = sum of p g is 0 for a mixture in float32; otherwise it takes a
+// sweep of its own. A task has a slice
 // of the codes and goes over all tiles of a chunk for each of its blocks: gradients of codes are summed where they are, those of
 // x by slices, in this one order whatever the threads. 2 (3 F + 2 D) K operations a row.
 #include "codebook_tile.h"
@@ -49,6 +51,13 @@ struct Codes {
   }
 };
 
+// C dO of a code, less that of the centre: of a chosen code exactly 0, where rounding would leave a little.
+template <Choice kChoice>
+Vec centred(Vec product, Vec centre, VecI chosen, int64_t i) {
+  if (kChoice == Choice::soft) return product - centre;
+  return chosen == static_cast<int32_t>(i) ? Vec{} : product - centre;
+}
+
 // [kBlock, kTile] each: logits, of which the gradient takes the place; noise, and then weights of the mixture; products with
 // dembeds.
 struct Scores {
@@ -87,22 +96,24 @@ void differentiate(const GumbelCodebook& op, const Prepared& tile, const int32_t
                    const Scores& scores, float* dbias) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
     const Weights weights(op, tile, lane);
+    const Vec centre = tile.number(kCentre, lane);
     const Vec delta = tile.number(kDelta, lane), second_delta = tile.number(kSecondDelta, lane);
     const Vec divergence = tile.number(kDivergenceWeight, lane), expected = tile.number(kExpected, lane);
     const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
     const float rate = static_cast<float>(1.0 / op.temperature);
     for (int64_t i = 0; i < codes.count; ++i) {
       const int64_t at = i * kTile + lane;
-      const Vec l = load(scores.logits + at) + codes.bias[i], product = load(scores.products + at);
+      const Vec l = load(scores.logits + at) + codes.bias[i];
+      const Vec g = centred<kChoice>(load(scores.products + at), centre, chosen, i);
       Vec gradient, plain{};
       if (kDivergence || kChoice == Choice::reinmax) plain = weights.plain(l);
       if (kChoice == Choice::reinmax) {
         const Vec hard = chosen == static_cast<int32_t>(i) ? broadcast(1.0f) : Vec{};
-        gradient = (hard + weights.tempered(l)) * (product - delta) - plain * 0.5f * (product - second_delta);
+        gradient = (hard + weights.tempered(l)) * (g - delta) - plain * 0.5f * (g - second_delta);
       } else {
         const Vec weight = weights.noisy(l + load(scores.weights + at));
         if (kChoice == Choice::soft) store(scores.weights + at, weight);
-        gradient = weight * (product - delta) * rate;
+        gradient = weight * (g - delta) * rate;
       }
       if (kDivergence) gradient += divergence * plain * (l - weights.max - expected);
       store(scores.logits + at, gradient);
@@ -112,22 +123,23 @@ void differentiate(const GumbelCodebook& op, const Prepared& tile, const int32_t
 }
 
 // Sums over a block's codes of the weights times the products, added to the deltas.
-template <bool kReinmax>
+template <Choice kChoice>
 void add_deltas(const GumbelCodebook& op, const Prepared& tile, const int32_t* chosen_codes, const Codes& codes,
                 const Scores& scores) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
     const Weights weights(op, tile, lane);
     const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
+    const Vec centre = tile.number(kCentre, lane);
     Vec delta{}, second_delta{};
     for (int64_t i = 0; i < codes.count; ++i) {
       const int64_t at = i * kTile + lane;
-      const Vec l = load(scores.logits + at) + codes.bias[i], product = load(scores.products + at);
-      if (kReinmax) {
-        const Vec hard = chosen == static_cast<int32_t>(i) ? broadcast(0.5f) : Vec{};
-        delta = multiply_add(hard + weights.tempered(l) * 0.5f, product, delta);
-        second_delta = multiply_add(weights.plain(l), product, second_delta);
+      const Vec l = load(scores.logits + at) + codes.bias[i];
+      const Vec g = centred<kChoice>(load(scores.products + at), centre, chosen, i);
+      if (kChoice == Choice::reinmax) {
+        delta = multiply_add(weights.tempered(l) * 0.5f, g, delta);  // the one-hot half of pi1 adds 0
+        second_delta = multiply_add(weights.plain(l), g, second_delta);
       } else {
-        delta = multiply_add(weights.noisy(l + load(scores.weights + at)), product, delta);
+        delta = multiply_add(weights.noisy(l + load(scores.weights + at)), g, delta);
       }
     }
     store(tile.row(kDelta) + lane, tile.number(kDelta, lane) + delta);
@@ -165,12 +177,8 @@ void add_chosen(const GumbelCodebook& op, const Prepared& tile, const ChosenCode
 void add_gradients(const GumbelCodebook& op, const Prepared& tile, const Codes& codes, const Scores& scores,
                    const CodeGradients& gradients, float* dx, bool first_block) {
   const int64_t width = padded(op.features), dim = padded(op.dim);
-  const EvenRows columns{dx, kTile};
-  if (first_block) {
-    multiply(codes.weight, 1, width, scores.logits, kTile, codes.count, Replace{}, columns, op.features, kTile / kGroup);
-  } else {
-    multiply(codes.weight, 1, width, scores.logits, kTile, codes.count, Add{}, columns, op.features, kTile / kGroup);
-  }
+  if (first_block) clear(dx, tile_columns(op.features));
+  multiply(codes.weight, 1, width, scores.logits, kTile, codes.count, Add{}, EvenRows{dx, kTile}, op.features, kTile / kGroup);
   multiply(scores.logits, kTile, 1, tile.x_rows, width, kTile, Add{}, EvenRows{gradients.weight, width}, codes.count,
            width / kGroup);
   if (op.choice != Choice::soft) return;
@@ -211,6 +219,24 @@ Differentiate how_to_differentiate(const GumbelCodebook& op) {
   }
 }
 
+// c = dO . embeds, in sums of 64 products.
+void find_centre(const GumbelCodebook& op, const Lanes& lanes, const Prepared& tile) {
+  constexpr int64_t kChannels = 64;
+  alignas(64) float embeds[kChannels * kTile];
+  const Places places(op.embeds, lanes);
+  for (int64_t d = 0; d < op.dim; d += kChannels) {
+    const int64_t count = op.dim - d < kChannels ? op.dim - d : kChannels;
+    with_elements(op.element, op.embeds.data, [&](auto* data) { places.read(data + d * places.stride, count, embeds); });
+    for (int lane = 0; lane < kTile; lane += kWidth) {
+      Vec sum{};
+      for (int64_t i = 0; i < count; ++i) {
+        sum = multiply_add(load(embeds + i * kTile + lane), load(tile.dout + (d + i) * kTile + lane), sum);
+      }
+      store(tile.row(kCentre) + lane, tile.number(kCentre, lane) + sum);
+    }
+  }
+}
+
 }  // namespace
 
 void gumbel_codebook_prepare(const GumbelCodebook& op, int64_t tile, float* memory) {
@@ -232,24 +258,8 @@ void gumbel_codebook_prepare(const GumbelCodebook& op, int64_t tile, float* memo
     for (int s = 0; s < kStatistics; ++s) prepared.row(s)[lane] = op.statistics[s * op.rows() + row];
     prepared.row(kDivergenceWeight)[lane] = lane < lanes.count ? op.dkl : 0.0f;
   }
-  clear(prepared.row(kDelta), kTile);
-  clear(prepared.row(kSecondDelta), kTile);
-  if (!op.delta_is_product()) return;
-  with_elements(op.element, op.embeds.data, [&](auto* embeds) {
-    const Places places(op.embeds, lanes);
-    alignas(64) float mixture[kTile];
-    for (int64_t d = 0; d < op.dim; ++d) {
-      if (places.adjacent) {
-        load_row(embeds + places.offset[0] + d * places.stride, kTile, kTile, mixture);
-      } else {
-        for (int lane = 0; lane < kTile; ++lane) mixture[lane] = widen(embeds[places.offset[lane] + d * places.stride]);
-      }
-      for (int lane = 0; lane < kTile; lane += kWidth) {
-        float* const delta = prepared.row(kDelta) + lane;
-        store(delta, multiply_add(load(mixture + lane), load(prepared.dout + d * kTile + lane), load(delta)));
-      }
-    }
-  });
+  clear(prepared.row(kCentre), 3 * kTile);  // and the deltas
+  find_centre(op, lanes, prepared);
 }
 
 void gumbel_codebook_deltas(const GumbelCodebook& op, int64_t first, int64_t count, float* prepared, float* scratch) {
@@ -266,10 +276,15 @@ void gumbel_codebook_deltas(const GumbelCodebook& op, int64_t first, int64_t cou
       const Lanes lanes(op, first + t);
       const ChosenCodes chosen(op, lanes);
       make_scores(op, tile, lanes, codes, scores);
-      if (op.choice == Choice::reinmax) {
-        add_deltas<true>(op, tile, chosen.code, codes, scores);
-      } else {
-        add_deltas<false>(op, tile, chosen.code, codes, scores);
+      switch (op.choice) {
+        case Choice::soft:
+          add_deltas<Choice::soft>(op, tile, chosen.code, codes, scores);
+          break;
+        case Choice::straight_through:
+          add_deltas<Choice::straight_through>(op, tile, chosen.code, codes, scores);
+          break;
+        case Choice::reinmax:
+          add_deltas<Choice::reinmax>(op, tile, chosen.code, codes, scores);
       }
     }
   }

@@ -47,6 +47,7 @@ CASES = [
     Case(1000, 8, 16, "soft", FP16, 4.0, seeded=True, batch=3),
     Case(1000, 130, 3, ST, BF16, 0.9, grid=(3, 11)),
     Case(63, 1024, 24, ST, FP32, 0.5, seeded=True),
+    Case(63, 1024, 24, "soft", FP32, 0.5, seeded=True),
     Case(63, 1024, 24, "soft", BF16, 0.5),
     Case(8192, 24, 64, "soft", FP32, 0.9, seeded=True, batch=1, problems=2),
     Case(8192, 24, 64, RM, BF16, 0.9, batch=1, grid=(3, 5)),
