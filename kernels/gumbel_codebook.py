@@ -14,7 +14,7 @@ Backward, with g_k = c_k . dO of a row, t = softmax(l / tau):
     kl:                      dl += dkl q (l - sum_k q_k l_k)
     dx = dl . w,   dw = dl^T . x,   db = sum over rows of dl,   dc = p^T . dO (soft),  dc_j += dO (the others)
 
-Saved: inputs, noise or its seed, embeds, noisy_codes and statistics [8, M]: of each softmax its maximum and the sum of
+Saved: inputs, noise or its seed, embeds, noisy_codes and statistics [7, M]: of each softmax its maximum and the sum of
 exponentials less that maximum, apart, since their logarithm would be too coarse beside logits of 1e4. Recomputed:
 logits, noise, probabilities. Nothing of size M K is stored. Logits, noise, sums and gradients are float32; 16-bit
 products have 16-bit operands (p and dl rounded once), float32 products are float32, never TF32.
@@ -63,7 +63,7 @@ from torch import Tensor
 
 __all__ = ["backward", "codes", "forward", "launch_backward", "launch_forward", "pick_gumbel_codebook"]
 
-_STATISTICS = 8
+_STATISTICS = 7
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def forward(
         first_row: the position of the first row in the noise of `seed`.
         mode: "soft", "straight_through" or "reinmax".
     Returns: embeds [B, D, h, w], a view of memory laid out [B, h, w, D], dtype of features; codes and noisy_codes,
-        int64 [B, h, w]; kl, float32 scalar, 0 unless with_kl; statistics for `backward`, float32 [8, B h w].
+        int64 [B, h, w]; kl, float32 scalar, 0 unless with_kl; statistics for `backward`, float32 [7, B h w].
     """
     launch = pick_gumbel_codebook(features.dtype, architecture(features.device))
     call = prepare(

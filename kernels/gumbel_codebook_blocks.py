@@ -14,7 +14,7 @@ STREAM: tl.constexpr = tl.constexpr(2)  # rng.Stream.VAE
 # Below every logit; finite, so that differences and their products with a probability of 0 stay numbers.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 NO_CODE: tl.constexpr = tl.constexpr(2**31 - 1)
-# Rows of the statistics [8, M]; see gumbel_codebook.py.
+# Rows of the statistics [7, M]; see gumbel_codebook.py.
 NOISY_MAX: tl.constexpr = tl.constexpr(0)
 NOISY_SUM: tl.constexpr = tl.constexpr(1)
 PLAIN_MAX: tl.constexpr = tl.constexpr(2)

@@ -9,14 +9,8 @@ from torch import Tensor
 
 from dalle_fast import dispatch
 from dalle_fast.ops.checks import check_one_device, check_one_dtype
-from dalle_fast.ops.gumbel_codebook import (
-    check_convolution,
-    check_features,
-    launchers,
-    supports_cpu,
-    supports_triton,
-)
-from dalle_fast.ops.support import auto_avoids_triton, in_autocast_dtype
+from dalle_fast.ops.gumbel_codebook import check_convolution, check_features, launchers
+from dalle_fast.ops.support import auto_avoids_triton, in_autocast_dtype, supports_cpu, supports_triton
 from dalle_fast.reference import codebook_indices as reference
 
 OP = "codebook_indices"

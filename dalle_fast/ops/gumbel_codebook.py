@@ -25,14 +25,14 @@ from dalle_fast.ops.support import (
     in_autocast_dtype,
     refuse_second_derivative,
     seed_tensor,
-    why_not_cpu,
-    why_not_triton,
+    supports_cpu,
+    supports_triton,
 )
 from dalle_fast.reference import gumbel_codebook as reference
 
 OP = "gumbel_codebook"
 _LAUNCHERS = {"cpu": "dalle_fast.native.gumbel_codebook", "triton": "dalle_fast.kernels.gumbel_codebook"}
-_STATISTICS = {"cpu": 7, "triton": 8}  # float32 [this many, B h w], for the backward
+_STATISTICS = 7  # float32 [this many, B h w], for the backward
 
 
 def gumbel_codebook(
@@ -104,16 +104,6 @@ def facts(features: Tensor, codebook: Tensor) -> dict[str, object]:
 
 
 # ------------------------------------------------------------------------------------------------ implementations
-
-
-def supports_cpu(*, device: str = "cpu", dtype: torch.dtype = torch.float32, **_: object) -> str | None:
-    """Why the extension cannot run a call with these facts."""
-    return why_not_cpu(device, dtype)
-
-
-def supports_triton(*, device: str = "cpu", dtype: torch.dtype = torch.float32, **_: object) -> str | None:
-    """Why Triton's kernels cannot run a call with these facts."""
-    return why_not_triton(device, dtype)
 
 
 def launchers(impl: str) -> ModuleType:
@@ -282,7 +272,7 @@ def _results_like(features: Tensor, codebook: Tensor, impl: str) -> tuple[Tensor
     batch, _, height, width = features.shape
     codes, noisy_codes = (features.new_empty(batch, height, width, dtype=torch.int64) for _ in range(2))
     kl = features.new_empty((), dtype=torch.float32)
-    statistics = features.new_empty(_STATISTICS[impl], batch * height * width, dtype=torch.float32)
+    statistics = features.new_empty(_STATISTICS, batch * height * width, dtype=torch.float32)
     return _maps_like(features, codebook.shape[1], impl), codes, noisy_codes, kl, statistics
 
 

@@ -10,41 +10,29 @@ from torch import Tensor
 
 from dalle_fast import dispatch
 from dalle_fast.ops.checks import check_one_device, check_one_dtype
-from dalle_fast.ops.support import auto_avoids_triton, why_not_cpu, why_not_triton
+from dalle_fast.ops.support import auto_avoids_triton, supports_cpu, supports_triton
 from dalle_fast.reference import nearest_code as reference
 
 OP = "nearest_code"
 _LAUNCHERS = {"cpu": "dalle_fast.native.nearest_code", "triton": "dalle_fast.kernels.nearest_code"}
 
 
-def _supports_cpu(
-    *, device: str = "cpu", dtype: torch.dtype = torch.float32, n_codes: int = 1, codebook_dim: int = 1
-) -> str | None:
-    return why_not_cpu(device, dtype)
-
-
-def _supports_triton(
-    *, device: str = "cpu", dtype: torch.dtype = torch.float32, n_codes: int = 1, codebook_dim: int = 1
-) -> str | None:
-    return why_not_triton(device, dtype)
-
-
 @torch.library.custom_op("dalle_fast::nearest_code", mutates_args=())
-def _search(x: Tensor, codebook: Tensor, normalised: bool, impl: str = "cpu") -> Tensor:
+def _search(x: Tensor, codebook: Tensor, normalised: bool, impl: str) -> Tensor:
     if not x.shape[:-1].numel():
         return x.new_empty(x.shape[:-1], dtype=torch.int64)
     return importlib.import_module(_LAUNCHERS[impl]).nearest_code(x, codebook, normalised=normalised)
 
 
 @_search.register_fake
-def _(x: Tensor, codebook: Tensor, normalised: bool, impl: str = "cpu") -> Tensor:
+def _(x: Tensor, codebook: Tensor, normalised: bool, impl: str) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 dispatch.register(OP, "reference", reference.nearest_code)
-dispatch.register(OP, "cpu", partial(_search, impl="cpu"), supports=_supports_cpu, rank=1)
+dispatch.register(OP, "cpu", partial(_search, impl="cpu"), supports=supports_cpu, rank=1)
 dispatch.register(
-    OP, "triton", partial(_search, impl="triton"), supports=_supports_triton, avoid=auto_avoids_triton, rank=2
+    OP, "triton", partial(_search, impl="triton"), supports=supports_triton, avoid=auto_avoids_triton, rank=2
 )
 
 

@@ -50,6 +50,16 @@ def why_not_triton(device: str, dtype: torch.dtype = torch.float32) -> str | Non
     return why_not_dtype(dtype) or _missing_triton()
 
 
+def supports_cpu(*, device: str = "cpu", dtype: torch.dtype = torch.float32, **_: object) -> str | None:
+    """`why_not_cpu` as `dispatch.register` takes it, of an op whose kernel runs at every size."""
+    return why_not_cpu(device, dtype)
+
+
+def supports_triton(*, device: str = "cpu", dtype: torch.dtype = torch.float32, **_: object) -> str | None:
+    """`why_not_triton` as `dispatch.register` takes it, of an op whose kernels run at every size."""
+    return why_not_triton(device, dtype)
+
+
 def auto_avoids_triton(*, device: str = "cpu", **_: object) -> str | None:
     """Why `auto` passes over Triton's kernels where only its interpreter could run them."""
     return "Triton's interpreter is for tests: ask for it by name." if device != "cuda" else None

@@ -73,6 +73,6 @@ def test_any_strides_any_number_of_threads_and_inputs_stay(isa):
 
 def test_compiles_in_one_graph_and_keeps_the_operator_rules(isa):
     x, codebook = draw(5, 7, 3)
-    torch.library.opcheck(torch.ops.dalle_fast.nearest_code, (x, codebook, False))
+    torch.library.opcheck(torch.ops.dalle_fast.nearest_code, (x, codebook, False, "cpu"))
     compiled = torch.compile(lambda x: nearest_code(x, codebook) + 1, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), nearest_code(x, codebook) + 1)
