@@ -116,7 +116,6 @@ def _nearest_code_merge(distance_ptr, code_ptr, nearest_ptr, n, n_shares, BLOCK_
     tl.store(nearest_ptr + offs_m, nearest.to(tl.int64), mask=mask_m)
 
 
-@torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool) -> Tensor:
     """int64 [...]: arguments as `dalle_fast.ops.nearest_code`, checked there; at least one row."""
     return launch_nearest_code(x, codebook, normalised=normalised, launch=LAUNCH)

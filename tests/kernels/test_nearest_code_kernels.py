@@ -1,15 +1,15 @@
 """Triton's kernels of nearest_code in the interpreter, which checks bounds and races: against the oracle; ties, NaN."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from tolerance import assert_within_budget
+from nearest_code_checks import DTYPES, check_as_near_as_the_oracle, draw, draw_small_integers
 
 from dalle_fast.ops.nearest_code import nearest_code
 
 pytest.importorskip("triton", reason="Triton is not installed (or blocked: the bare pass)")
-
 
 from dalle_fast.kernels.nearest_code import LAUNCH, MERGE_ROWS, Launch, launch_nearest_code
 
@@ -17,12 +17,6 @@ from dalle_fast.kernels.nearest_code import LAUNCH, MERGE_ROWS, Launch, launch_n
 SMALL = Launch(block_m=16, block_n=16, block_d=4, codes=32, num_warps=4)
 # rows, codes, channels: of one, off the blocks and on them
 SIZES = [(1, 1, 1), (3, 2, 5), (17, 33, 7), (16, 64, 8), (40, 70, 19)]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def draw(n, k, d, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
 
 
 def search(x, codebook, *, normalised=False, launch=SMALL):
@@ -43,9 +37,7 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_small_integers_tie_as_in_the_oracle(sizes):
-    n, k, d = sizes
-    generator = torch.Generator().manual_seed(1)
-    x, codebook = (torch.randint(-2, 3, (rows, d), generator=generator).float() for rows in (n, k))
+    x, codebook = draw_small_integers(*sizes)
     assert torch.equal(search(x, codebook), nearest_code(x, codebook, impl="reference"))
 
 
@@ -55,14 +47,7 @@ def test_small_integers_tie_as_in_the_oracle(sizes):
 def test_the_code_is_as_near_as_the_oracles(dtype, normalised, launch):
     sizes = (40, 70, 19) if launch == SMALL else (33, 1100, 5)
     x, codebook = (t.to(dtype) for t in draw(*sizes))
-    got = search(x, codebook, normalised=normalised, launch=launch)
-    own = nearest_code(x, codebook, normalised=normalised, impl="reference")
-    x, codebook = x.double(), codebook.double()
-    if normalised:
-        x, codebook = (torch.nn.functional.normalize(t, dim=-1) for t in (x, codebook))
-    distance = torch.cdist(x, codebook).square()
-    of_got, of_own = (distance.gather(1, codes[:, None]).float() for codes in (got, own))
-    assert_within_budget(of_got, distance.amin(dim=1, keepdim=True), of_own)
+    check_as_near_as_the_oracle(partial(search, launch=launch), x, codebook, normalised=normalised)
 
 
 def test_equal_codes_give_the_first_of_them():

@@ -1,8 +1,10 @@
 """nearest_code in C++: every instruction set against the oracle, ties, near-ties, numbers that are none."""
 
+from functools import partial
+
 import pytest
 import torch
-from tolerance import assert_within_budget
+from nearest_code_checks import DTYPES, check_as_near_as_the_oracle, draw, draw_small_integers
 
 from dalle_fast.ops.nearest_code import nearest_code
 
@@ -10,33 +12,18 @@ from dalle_fast.ops.nearest_code import nearest_code
 SIZES = [(1, 1, 1), (3, 2, 5), (65, 49, 16), (130, 500, 17), (64, 96, 130)]
 
 
-def draw(n, k, d, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
-
-
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_small_integers_tie_as_in_the_oracle(sizes, isa):
-    n, k, d = sizes
-    generator = torch.Generator().manual_seed(1)
-    x, codebook = (torch.randint(-2, 3, (rows, d), generator=generator).float() for rows in (n, k))
+    x, codebook = draw_small_integers(*sizes)
     assert torch.equal(nearest_code(x, codebook, impl="cpu"), nearest_code(x, codebook, impl="reference"))
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
-)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_code_is_as_near_as_the_oracles(sizes, dtype, normalised, isa):
     x, codebook = (t.to(dtype) for t in draw(*sizes))
-    got, own = (nearest_code(x, codebook, normalised=normalised, impl=impl) for impl in ("cpu", "reference"))
-    x, codebook = x.double(), codebook.double()
-    if normalised:
-        x, codebook = (torch.nn.functional.normalize(t, dim=-1) for t in (x, codebook))
-    distance = torch.cdist(x, codebook).square()
-    of_got, of_own = (distance.gather(1, codes[:, None]).float() for codes in (got, own))
-    assert_within_budget(of_got, distance.amin(dim=1, keepdim=True), of_own)
+    check_as_near_as_the_oracle(partial(nearest_code, impl="cpu"), x, codebook, normalised=normalised)
 
 
 def test_equal_codes_give_the_first_of_them(isa):
