@@ -201,6 +201,18 @@ def set_rank(monkeypatch, rank, ranks):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
 
 
+def assert_no_counter_twice(draws, n_codes):
+    """Of one seed the spans of rows are apart, and so are the words: blocks of four, beside the other streams'."""
+    for (seed, first, rows), (next_seed, next_first, _) in pairwise(sorted(draws)):
+        assert seed != next_seed or first + rows <= next_first, "rows of two calls meet"
+    blocks = [
+        words(torch.tensor([seed]), first + torch.arange(rows), stream, n_codes).reshape(-1, 4)
+        for seed, first, rows in draws
+        for stream in rng.Stream
+    ]
+    assert len(torch.cat(blocks).unique(dim=0)) == sum(map(len, blocks))
+
+
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_a_vae_meets_no_counter_twice(ranks, draws, monkeypatch):
     """Over pixels, batch, steps, accumulation and ranks; all ranks start from the same seed, the worst they can do."""
@@ -215,17 +227,7 @@ def test_a_vae_meets_no_counter_twice(ranks, draws, monkeypatch):
     assert len(draws) == ranks * steps * accumulation and {rows for *_, rows in draws} == {n_rows}
     assert len({seed for seed, *_ in draws}) == steps * accumulation
     assert all(first >= 0 and first + rows <= 2**32 for _, first, rows in draws)
-    # of one seed the spans of rows are apart
-    spans = sorted(draws)
-    for (seed, first, rows), (next_seed, next_first, _) in pairwise(spans):
-        assert seed != next_seed or first + rows <= next_first
-    # and so the words: blocks of four, of every row, with those of the other streams beside them
-    blocks = [
-        words(torch.tensor([seed]), first + torch.arange(rows), stream, 24).reshape(-1, 4)
-        for seed, first, rows in draws
-        for stream in rng.Stream
-    ]
-    assert len(torch.cat(blocks).unique(dim=0)) == sum(map(len, blocks))
+    assert_no_counter_twice(draws, n_codes=24)
 
 
 def test_counters_met_twice_would_be_seen(draws):
@@ -234,6 +236,8 @@ def test_counters_met_twice_would_be_seen(draws):
     for _ in range(2):
         vae(torch.zeros(1, 3, 16, 16), seed=4)
     assert draws[0] == draws[1] == (4, 0, 16)
+    with pytest.raises(AssertionError, match="rows of two calls meet"):
+        assert_no_counter_twice(draws, n_codes=24)
 
 
 @pytest.mark.parametrize(
