@@ -11,6 +11,7 @@ from dalle_fast.kernels.gumbel_codebook_arguments import prepare
 from dalle_fast.kernels.gumbel_codebook_blocks import STREAM
 from dalle_fast.kernels.gumbel_codebook_sizes import Launch, Sizes
 from dalle_fast.kernels.philox import gumbel, words
+from gumbel_codebook_cases import MODES
 from tolerance import check_against_oracle
 from torch import Tensor
 
@@ -83,9 +84,8 @@ def reference(*, mode: str, temperature: float, noise: Tensor, with_kl: bool) ->
             codebook,
             temperature=temperature,
             noise=noise,
-            straight_through=mode != "soft",
-            reinmax=mode == "reinmax",
             with_kl=with_kl,
+            **MODES[mode],
         )
         return embeds, codes, noisy_codes, embeds.new_zeros(()) if kl is None else kl
 

@@ -9,6 +9,7 @@ from dalle_fast.reference.gumbel_noise import words as oracle_words
 pytest.importorskip("triton", reason="Triton is not installed (or blocked: the bare pass)")
 
 from dalle_fast.kernels.gumbel_codebook_arguments import prepare
+from gumbel_codebook_cases import MODES
 from gumbel_codebook_harness import bottleneck, check, drawn
 
 from dalle_fast.kernels import gumbel_codebook as kernels
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.gpu
 
 GRID, N_FEATURES, N_CODES, DIM = (32, 32), 64, 8192, 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("soft", "straight_through", "reinmax")
 SEED = 0x9E3779B97F4A7C15
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gumbel_codebook_cases import make_inputs
+from gumbel_codebook_cases import make_inputs, same
 from implementations import skip_without
 
 from dalle_fast import dispatch
@@ -15,10 +15,6 @@ from dalle_fast.ops import nearest_code as nearest_code_module
 OP = "codebook_indices"
 
 
-def _same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def test_nearest_code_keeps_leading_shapes_strides_and_inputs():
     x = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))  # [B, D, h, w]
     codebook = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
@@ -27,7 +23,7 @@ def test_nearest_code_keeps_leading_shapes_strides_and_inputs():
     got = nearest_code(view, codebook)
     assert got.shape == (2, 3, 5) and got.dtype == torch.int64
     assert torch.equal(got, nearest_code(view.contiguous(), codebook))
-    assert _same((x, codebook), before)
+    assert same((x, codebook), before)
     assert nearest_code(view[:0], codebook).shape == (0, 3, 5)
     assert nearest_code(codebook[3], codebook) == 3
 

@@ -5,17 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from gumbel_codebook_cases import MODES
 from tolerance import assert_same_in_float64, check_against_oracle, outputs_and_gradients
 
 from dalle_fast.ops.gumbel_noise import gumbel_noise
 from dalle_fast.reference.gumbel_codebook import gumbel_codebook
 from dalle_fast.rng import Stream
 
-MODES = {
-    "soft": {},
-    "straight_through": {"straight_through": True},
-    "reinmax": {"straight_through": True, "reinmax": True},
-}
 TAU = 0.7
 N_TERMS = 500  # the longest chain here: sums over codes, widths and the rows of the batch
 every_mode = pytest.mark.parametrize("mode", MODES)
