@@ -19,13 +19,20 @@ forward_op = torch.ops.dalle_fast.gumbel_codebook.default
 backward_op = torch.ops.dalle_fast.gumbel_codebook_backward.default
 
 
-@every_mode
-@pytest.mark.parametrize("seeded", [False, True], ids=["noise", "seed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(mode, seeded, dtype, kernel):
+@pytest.mark.parametrize(
+    ("mode", "seeded", "dtype", "bias"),
+    [
+        ("soft", False, torch.float32, True),
+        ("straight_through", True, torch.float32, False),
+        ("reinmax", False, torch.bfloat16, False),
+        ("soft", True, torch.bfloat16, True),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_opcheck(mode, seeded, dtype, bias, kernel):
     *inputs, noise = make_inputs(dtype=dtype)
     inputs = [t.requires_grad_() for t in inputs]
-    if mode == "soft":
+    if not bias:
         inputs[2] = None
     constants = (None, rng.seeds_to_tensor(SEED)) if seeded else (noise, None)
     constants = (*constants, torch.tensor(0.7, dtype=torch.float64))
@@ -37,16 +44,26 @@ def test_opcheck(mode, seeded, dtype, kernel):
     torch.library.opcheck(backward_op, (torch.randn_like(embeds), None, *rest))
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"grid": (3, 0)}, {"grid": (1, 1)}, {"batch": 3}, {"n_codes": 1}])
-@pytest.mark.parametrize("bias", [True, False])
-def test_traced_and_real_results_lie_alike_in_memory(sizes, bias, kernel):
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    ("sizes", "bias"),
+    [
+        ({"batch": 0}, True),
+        ({"grid": (3, 0)}, False),
+        ({"grid": (1, 1)}, True),
+        ({"batch": 3}, False),
+        ({"n_codes": 1, "n_features": 1}, True),
+    ],
+)
+def test_traced_and_real_results_lie_alike_in_memory(sizes, bias, impl):
     """opcheck cannot copy empty inputs."""
+    skip_without(impl, OP)
     tensors = (*make_inputs(**sizes), torch.tensor(0.7, dtype=torch.float64))
 
     def lay(*tensors):
         inputs = (*tensors[:2], tensors[2] if bias else None, *tensors[3:5], None, tensors[5])
-        embeds, codes, noisy_codes, kl, statistics = forward_op(*inputs, 0, "soft", True, kernel)
-        rest = (embeds, noisy_codes, statistics, 0, "soft", kernel)
+        embeds, codes, noisy_codes, kl, statistics = forward_op(*inputs, 0, "soft", True, impl)
+        rest = (embeds, noisy_codes, statistics, 0, "soft", impl)
         found = (embeds, codes, noisy_codes, kl, statistics, *backward_op(embeds, kl, *inputs, *rest))
         return [(t.shape, t.stride(), t.dtype) for t in found]
 
@@ -70,8 +87,9 @@ def _train(compiled, inputs, **arguments):
     return embeds, codes, noisy_codes, kl, *torch.autograd.grad(loss, leaves)
 
 
-@pytest.mark.parametrize("dynamic", [False, None, True])
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "dynamic"), [("soft", False), ("straight_through", None), ("reinmax", True), ("soft", True)]
+)
 def test_compiles_into_one_graph(mode, dynamic, kernel, monkeypatch):
     auto_takes(monkeypatch, kernel, OP)
     torch.compiler.reset()
@@ -84,16 +102,21 @@ def test_compiles_into_one_graph(mode, dynamic, kernel, monkeypatch):
             assert same(found, _train(gumbel_codebook, inputs, **arguments))
 
 
-def test_another_seed_and_no_seed_compile_nothing_anew(impl, monkeypatch):
-    auto_takes(monkeypatch, impl, OP)
+def _counting():
+    """gumbel_codebook compiled, and the list of the graphs that were made for it."""
     torch.compiler.reset()
     graphs = []
 
-    def count(graph, _):
+    def keep(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(gumbel_codebook, fullgraph=True, backend=count)
+    return torch.compile(gumbel_codebook, fullgraph=True, backend=keep), graphs
+
+
+def test_another_seed_and_no_seed_compile_nothing_anew(impl, monkeypatch):
+    auto_takes(monkeypatch, impl, OP)
+    compiled, graphs = _counting()
     inputs = make_inputs()[:4]
     for seed in (0, 1, SEED):
         found = compiled(*inputs, temperature=0.7, seed=rng.seeds_to_tensor(seed))
@@ -105,14 +128,7 @@ def test_another_seed_and_no_seed_compile_nothing_anew(impl, monkeypatch):
 
 def test_a_temperature_that_falls_compiles_twice_at_most(impl, monkeypatch):
     auto_takes(monkeypatch, impl, OP)
-    torch.compiler.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(gumbel_codebook, fullgraph=True, backend=count)
+    compiled, graphs = _counting()
     *inputs, noise = make_inputs()
     for temperature in (1.0, 0.9, 0.8, 0.7, 0.5):
         found = compiled(*inputs, temperature=temperature, gumbel_noise=noise)
