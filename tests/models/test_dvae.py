@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import FOLDER, golden, names
+from tolerance import assert_same_in_float64
 
 from dalle_fast import DiscreteVAE
 from dalle_fast.functional import gumbel_codebook
@@ -275,3 +276,15 @@ def test_refuses_in_words(call, error, message):
     with pytest.raises(error) as raised:
         call(_vae())
     assert str(raised.value).startswith(message)
+
+
+def test_pictures_decode_alike_however_many_at_once(monkeypatch):
+    vae, images = _vae().double(), _images(5).double()
+    codes = vae.get_codebook_indices(images)
+    whole, apart = [], []
+    for pictures_at_once, results in ((5, whole), (2, apart)):
+        monkeypatch.setattr("dalle_fast.models.dvae._AT_ONCE", pictures_at_once * SMALL["hidden_dim"] * 16 * 16)
+        loss = vae(images, return_loss=True, seed=3)
+        results += [vae.decode(codes), loss, *torch.autograd.grad(loss, list(vae.parameters()))]
+    for one, other in zip(whole, apart, strict=True):
+        assert_same_in_float64(other, one, n_terms=5 * 16 * 16)
