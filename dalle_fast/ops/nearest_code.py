@@ -40,7 +40,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool = False, impl:
     """The quantiser of VQ-VAE and VQGAN: for each vector the index of the code at the smallest L2 distance.
 
     Args:
-        x: [..., D], any strides.   codebook: [K, D], K at least 1.   One floating dtype, one device.
+        x: [..., D], any strides.   codebook: [K, D], both at least 1.   One floating dtype, one device.
         normalised: scale both to length 1 first: the largest cosine wins. A vector of zeros stays one.
         impl: "auto", or the name of one implementation.
     Returns: int64 [...]; ties go to the lowest index. No gradient passes.
@@ -51,9 +51,10 @@ def nearest_code(x: Tensor, codebook: Tensor, *, normalised: bool = False, impl:
     """
     check_one_dtype(OP, x=x, codebook=codebook)
     check_one_device(OP, x=x, codebook=codebook)
-    if codebook.dim() != 2 or not len(codebook):
+    if codebook.dim() != 2 or not codebook.numel():
         raise ValueError(
-            f"{OP}: codebook must be [K, D] with K at least 1, got {list(codebook.shape)}. Give the embedding's weight."
+            f"{OP}: codebook must be [K, D] with K and D at least 1, got {list(codebook.shape)}."
+            " Give the embedding's weight."
         )
     if x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(

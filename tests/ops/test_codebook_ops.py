@@ -41,7 +41,13 @@ def test_nearest_code_keeps_leading_shapes_strides_and_inputs():
             torch.zeros(2, 4),
             torch.zeros(0, 4),
             ValueError,
-            "nearest_code: codebook must be [K, D] with K at least 1, got [0, 4]. Give the embedding's weight.",
+            "nearest_code: codebook must be [K, D] with K and D at least 1, got [0, 4]. Give the embedding's weight.",
+        ),
+        (
+            torch.zeros(2, 0),
+            torch.zeros(5, 0),
+            ValueError,
+            "nearest_code: codebook must be [K, D] with K and D at least 1, got [5, 0]. Give the embedding's weight.",
         ),
         (
             torch.zeros(2, 4).long(),
