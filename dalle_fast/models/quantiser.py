@@ -71,6 +71,8 @@ class VectorQuantiser(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if num_codes < 1 or dim < 1:
+            raise ValueError(f"VectorQuantiser: num_codes and dim must be at least 1, got {num_codes} and {dim}.")
         if not 0 <= decay < 1:
             raise ValueError(f"VectorQuantiser: decay must be in 0 .. below 1, got {decay}. 0.99 is usual.")
         if not revive_below >= 0:
@@ -98,7 +100,8 @@ class VectorQuantiser(nn.Module):
 
         Returns: the chosen codes as [B, D, h, w] in the dtype of the codebook, with the gradient straight through;
             their numbers, int64 [B, h, w]; the commitment loss.
-        Raises: TypeError (training in 16 bits), ValueError (training on what is not finite).
+        Raises: TypeError (training in 16 bits), ValueError (a wrong shape; training on what is not finite, after which
+            the codebook is as it was).
         """
         learns = self.training and not _is_recomputed()
         vectors = self._vectors(z)
@@ -136,6 +139,11 @@ class VectorQuantiser(nn.Module):
 
     def _vectors(self, z: Tensor) -> Tensor:
         """[M, D] in the dtype of the codebook, whatever autocast made of z."""
+        if z.dim() != 4 or z.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"VectorQuantiser: z must be [B, D={self.weight.shape[1]}, h, w], got {list(z.shape)}."
+                " Give the encoder's maps, not rows."
+            )
         vectors = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(self.weight.dtype)
         return F.normalize(vectors, dim=1) if self.normalised else vectors
 
@@ -151,6 +159,7 @@ class VectorQuantiser(nn.Module):
                 f"VectorQuantiser: the codebook must be float32 or float64 in training, got {self.weight.dtype}."
                 " Moving averages need it: keep the model in float32 and train under torch.autocast."
             )
+        _check_finite(vectors)
         if not self.started:
             self._start(vectors)
             return
@@ -168,11 +177,6 @@ class VectorQuantiser(nn.Module):
         if _several_ranks():
             distributed.all_reduce(counts)
             distributed.all_reduce(sums)
-        if not sums.isfinite().all():
-            raise ValueError(
-                "VectorQuantiser: vectors must be finite in training, got nan or infinity among those of"
-                f" {int((~sums.isfinite().all(1)).sum())} codes. Lower the learning rate, or clip gradients."
-            )
         self.new_counts += counts
         self.new_sums += sums
         self.collected += counts.any()  # an empty batch is none
@@ -213,15 +217,21 @@ def spread_sample(vectors: Tensor, count: int, generator: torch.Generator) -> Te
     Args: generator: of the CPU, wherever the vectors are, so that every device draws alike.
     """
     at_once = min(-(-count // _START_ROUNDS), len(vectors))
+    # |v - r|^2 through a matrix product, which loses digits far from the origin: differences, row by row, take minutes
+    # at 8192 codes 512 wide.
+    centred = vectors - vectors.mean(0)
+    squares = centred.square().sum(1)
     distance = vectors.new_ones(len(vectors))
     chosen: list[Tensor] = []
     for drawn in range(0, count, at_once):
         score = _race(distance + _TINY, generator)
-        rows = vectors[score.topk(min(at_once, count - drawn)).indices]
-        to_these = torch.stack([(vectors - row).square().sum(1) for row in rows]).amin(0)
+        rows = score.topk(min(at_once, count - drawn)).indices
+        with torch.autocast(vectors.device.type, enabled=False):
+            products = centred @ centred[rows].T
+        to_these = (squares[:, None] + squares[rows] - 2 * products).amin(1).clamp_min_(0)
         distance = torch.minimum(distance, to_these) if chosen else to_these
         chosen.append(rows)
-    return torch.cat(chosen)
+    return vectors[torch.cat(chosen)]
 
 
 def _race(chances: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Tensor:
@@ -250,6 +260,18 @@ def _draw_rows(vectors: Tensor, chances: Tensor, count: int, generator: torch.Ge
     scores = _gathered(F.pad(score[best], (0, missing), value=-1.0))
     rows = _gathered(F.pad(vectors[best], (0, 0, 0, missing)))
     return rows[scores.topk(count).indices]
+
+
+def _check_finite(vectors: Tensor) -> None:
+    """Raises ValueError, on all ranks, where a vector [M, D] of any rank is not finite: waits for the device."""
+    wrong = (~vectors.isfinite().all(1)).sum()
+    if _several_ranks():
+        distributed.all_reduce(wrong)
+    if wrong:
+        raise ValueError(
+            f"VectorQuantiser: vectors must be finite in training, got nan or infinity in {int(wrong)}."
+            " Lower the learning rate, or clip gradients."
+        )
 
 
 def _sum_by_code(vectors: Tensor, codes: Tensor, num_codes: int) -> Tensor:

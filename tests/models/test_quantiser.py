@@ -107,9 +107,10 @@ def test_codes_without_vectors_stay_bit_for_bit():
     model = quantiser(revive_below=0.0)
     with torch.no_grad():
         model.weight[4] = 1000.0
-    for seed in range(3000):  # until its count is below what is divided by
-        model.update() if seed else model(maps(1, 3, 2, 2))
-        model.collected += 1
+    model(maps(1, 3, 2, 2))
+    for _ in range(3000):  # until its count is below what is divided by
+        model.collected.fill_(1)
+        model.update()
     assert torch.equal(model.weight[4], torch.full((3,), 1000.0).double())
     assert model.weight.isfinite().all()
 
@@ -198,6 +199,14 @@ def test_spread_sample_takes_distinct_places_while_there_are_some():
     assert chosen.shape == (1100, 1) and len(chosen.unique()) == 1100
 
 
+def test_spread_sample_tells_near_places_apart_far_from_the_origin():
+    far, *near = torch.randn(21, 64, generator=torch.Generator().manual_seed(1))
+    vectors = torch.cat(((100 * far).expand(1000, 64), 100 * far + 1e-2 * torch.stack(near)))
+    with torch.autocast("cpu", torch.bfloat16):
+        chosen = spread_sample(vectors, 20, torch.Generator().manual_seed(0))
+    assert len(chosen.unique(dim=0)) == 20
+
+
 def test_codes_that_nobody_uses_are_moved_where_the_error_is():
     model = quantiser(num_codes=2, dim=1, decay=0.5, revive_below=0.2)
     model.weight.copy_(torch.tensor([[0.0], [100.0]]))
@@ -277,6 +286,7 @@ def test_two_processes_teach_what_one_with_the_whole_batch_does(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_codes": 0}, "VectorQuantiser: num_codes and dim must be at least 1, got 0 and 2."),
         ({"decay": 1.0}, "VectorQuantiser: decay must be in 0 .. below 1, got 1.0."),
         ({"decay": -0.1}, "VectorQuantiser: decay must be in 0 .. below 1, got -0.1."),
         ({"revive_below": -1.0}, "VectorQuantiser: revive_below must be 0 or more, got -1.0."),
@@ -284,7 +294,7 @@ def test_two_processes_teach_what_one_with_the_whole_batch_does(tmp_path):
 )
 def test_refuses_impossible_arguments(options, message):
     with pytest.raises(ValueError) as raised:
-        VectorQuantiser(4, 2, **options)
+        VectorQuantiser(**{"num_codes": 4, "dim": 2, **options})
     assert str(raised.value).startswith(message)
 
 
@@ -295,13 +305,23 @@ def test_refuses_to_learn_in_sixteen_bits():
     assert model.eval()(maps(1, 3, 2, 2))[0].dtype == torch.bfloat16
 
 
-def test_refuses_to_learn_what_is_not_finite_and_keeps_what_it_knew():
-    model = quantiser()
-    model(maps(1, 3, 2, 2))
+@pytest.mark.parametrize("updates", [None, 3, 9])
+def test_refuses_to_learn_what_is_not_finite_and_keeps_what_it_knew(updates):
+    """In the batch that would place the codes, in any other, and in one that dead codes would be moved to."""
+    model = quantiser(placed=updates is not None, revive_below=2.0)
+    for _ in range(1 + updates if updates else 0):
+        model(maps(1, 3, 2, 2))
+    model.counts.zero_()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     z = maps(1, 3, 2, 2)
     z[0, 1, 0, 1] = torch.nan
-    model.collected.zero_()  # so that nothing is due before
-    with pytest.raises(ValueError, match="vectors must be finite in training, got nan or infinity among those of 1"):
+    with pytest.raises(ValueError, match=r"vectors must be finite in training, got nan or infinity in 1\."):
         model(z)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name != "collected")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 4, 5, 5)])
+def test_refuses_what_are_no_maps_of_its_width(shape):
+    for call in (quantiser(), quantiser().nearest, quantiser().start):
+        with pytest.raises(ValueError, match=r"VectorQuantiser: z must be \[B, D=3, h, w\], got \[2, "):
+            call(maps(*shape))
