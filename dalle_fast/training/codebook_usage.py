@@ -32,12 +32,24 @@ class CodebookUsage:
         self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
 
     def add(self, codes: Tensor) -> None:
-        """Counts int64 codes of any shape, all in 0..K-1."""
+        """Counts int64 codes of any shape, all in 0..K-1.
+
+        Raises: TypeError (another dtype), ValueError (a code out of range, on a CPU; a GPU would have to wait for it).
+        """
+        if codes.dtype != torch.int64:
+            raise TypeError(
+                f"CodebookUsage: codes must be int64, got {codes.dtype}. Give what the model returns as codes."
+            )
         codes = codes.reshape(-1)
-        if codes.is_cuda:  # there bincount waits for the largest code
-            self.counts.scatter_add_(0, codes, torch.ones_like(codes))
-        else:
-            self.counts += torch.bincount(codes, minlength=len(self.counts))
+        if not codes.is_cuda and len(codes):
+            least, most = int(codes.min()), int(codes.max())
+            if least < 0 or most >= len(self.counts):
+                raise ValueError(
+                    f"CodebookUsage: codes must be in 0..{len(self.counts) - 1}, got {least}..{most}."
+                    " Say with num_codes how many there are."
+                )
+        # bincount would wait for the largest code of a GPU
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     def all_reduce(self) -> None:
         """Adds the counts of all ranks up, on all of them; call it once, before reading."""
@@ -76,10 +88,15 @@ class TrainingStatistics:
         vae: whose decoder measures the hard error; on the device where it trains.
         pictures_per_hard_one: pictures trained on for each that is measured. Not for vq, whose training step decodes
             its codes: there the two errors are one.
-    Raises: ValueError (pictures_per_hard_one below 1).
+    Raises: TypeError (no such model), ValueError (pictures_per_hard_one below 1).
     """
 
     def __init__(self, vae: DiscreteVAE, *, pictures_per_hard_one: int = 16) -> None:
+        if not hasattr(vae, "codebook"):
+            raise TypeError(
+                f"TrainingStatistics: vae must be a DiscreteVAE, got {type(vae).__name__}."
+                " Of DistributedDataParallel and its like give the module inside."
+            )
         if pictures_per_hard_one < 1:
             raise ValueError(
                 "TrainingStatistics: pictures_per_hard_one must be at least 1, got"
@@ -96,8 +113,21 @@ class TrainingStatistics:
 
     @torch.no_grad()
     def add(self, images: Tensor, statistics: ForwardStatistics) -> None:
-        """One training step: the pictures it took, not normalised, and what forward said about them."""
+        """One training step: the pictures it took, not normalised, and what forward said about them.
+
+        Raises: TypeError (no ForwardStatistics), ValueError (those of another number of pictures).
+        """
+        if not isinstance(statistics, ForwardStatistics):
+            raise TypeError(
+                f"TrainingStatistics: statistics must be ForwardStatistics, got {type(statistics).__name__}."
+                " forward(..., return_loss=True, return_statistics=True) returns them last."
+            )
         batch = len(images)
+        if batch != len(statistics.codes):
+            raise ValueError(
+                f"TrainingStatistics: images must be the {len(statistics.codes)} that forward took, got {batch}."
+                " Give both of the same step."
+            )
         if batch == 0:
             return
         self.codes.add(statistics.codes)

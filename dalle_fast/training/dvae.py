@@ -60,6 +60,7 @@ class VqTrainer(nn.Module):
     """A DiscreteVAE whose last encoder layer is replaced, while training, by a projection and a quantiser.
 
     Args: vae: its encoder and decoder are trained in place; its codebook sets K and D.
+    Raises: ValueError (a vae without logits to fold into).
     """
 
     def __init__(self, vae: DiscreteVAE) -> None:
@@ -81,7 +82,7 @@ class VqTrainer(nn.Module):
         """
         z = self.projection(self.trunk(pixels))
         if not self.quantiser.started:
-            codes = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.long)
+            codes = z.new_zeros(z.shape[0], *z.shape[2:], dtype=torch.long)
             return self.decoder(z), codes, z.new_zeros(())
         quantised, codes, commitment = self.quantiser(z)
         return self.decoder(quantised), codes, commitment
