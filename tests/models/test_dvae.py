@@ -50,6 +50,7 @@ def test_the_originals_trainer_checkpoint_loads(bottleneck):
     case.check("decoded", vae.decode(case.outputs["codes"]))
 
 
+@pytest.mark.parametrize("bottleneck", ["reference", "cpu"], indirect=True)  # interpreted Triton: seconds
 def test_three_steps_of_adam_go_as_the_originals(bottleneck):
     case = golden("checkpoint_vae")
     vae = DiscreteVAE(**case.models["vae"], smooth_l1_loss=True, kl_div_loss_weight=0.0)
