@@ -224,8 +224,10 @@ class DiscreteVAE(Pretrained):
             raise ValueError("DiscreteVAE: return_statistics must come with return_loss=True, got False. Ask for both.")
         img = self.norm(img)
         if self.quantizer == "vq":
-            _check_no_noise(return_logits=return_logits or None, temp=temp, gumbel_noise=gumbel_noise, seed=seed)
-            _check_no_noise(first_row=first_row)
+            logits = return_logits or None
+            _check_unknown_to_vq(
+                return_logits=logits, temp=temp, gumbel_noise=gumbel_noise, seed=seed, first_row=first_row
+            )
         elif return_logits:
             return self.encoder(img)
 
@@ -347,7 +349,7 @@ def _check_quantizer(quantizer: str, arguments: Mapping[str, object]) -> None:
                 )
 
 
-def _check_no_noise(**given: object) -> None:
+def _check_unknown_to_vq(**given: object) -> None:
     """Raises ValueError where forward got an argument that quantizer="vq" has no use for."""
     for name, value in given.items():
         if value is not None:
