@@ -1,9 +1,12 @@
-"""Triton kernels of gumbel_codebook on a GPU, at real sizes, by their launchers: against the float64 oracle."""
+"""Triton kernels of gumbel_codebook on a GPU, at real sizes: against the float64 oracle; opcheck, torch.compile."""
+
+from functools import partial
 
 import pytest
 import torch
 
 from dalle_fast import rng
+from dalle_fast.functional import codebook_indices, gumbel_codebook
 from dalle_fast.reference.gumbel_noise import words as oracle_words
 
 pytest.importorskip("triton", reason="Triton is not installed (or blocked: the bare pass)")
@@ -136,3 +139,23 @@ def test_the_seed_may_lie_on_the_cpu():
             *inputs, None, rng.seeds_to_tensor(1, device), first_row=0, temperature=0.9, mode="straight_through"
         )
         assert call.seed.device.type == "cuda"
+
+
+def test_auto_takes_the_kernels_and_keeps_the_operator_rules():
+    inputs = [x.bfloat16().requires_grad_() for x in make_inputs(grid=(4, 5), n_codes=513, dim=64)]
+    seed = rng.seeds_to_tensor(SEED, "cuda")
+    temperature = torch.tensor(0.9, dtype=torch.float64)
+    op = torch.ops.dalle_fast.gumbel_codebook.default
+    # of the statistics a mode fills what it needs: two runs differ in the rest, so torch.compile is compared below
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (*inputs, None, seed, temperature, 3, "soft", True, "triton"), test_utils=rules)
+    torch.library.opcheck(torch.ops.dalle_fast.codebook_indices.default, (*inputs[:3], "triton"))
+
+    def train(function):
+        embeds, codes, noisy_codes, kl = function(*inputs, temperature=0.9, seed=seed, first_row=3, with_kl=True)
+        return embeds, codes, noisy_codes, kl, *torch.autograd.grad(embeds.float().square().sum() + kl, inputs)
+
+    by_auto = train(gumbel_codebook)
+    for other in (partial(gumbel_codebook, impl="triton"), torch.compile(gumbel_codebook, fullgraph=True)):
+        assert all(torch.equal(a, b) for a, b in zip(train(other), by_auto, strict=True))
+    assert torch.equal(codebook_indices(*inputs[:3]), by_auto[1])
