@@ -255,6 +255,7 @@ def main() -> int:
     """Parses the command line, compiles, prints. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", action="append", metavar="MODULE", help="a module with aot_cases(); default: all")
+    parser.add_argument("--target", action="append", type=int, metavar="N", help="for sm_N; default: all there are")
     parser.add_argument("--slice", action="store_true", help="a representative few")
     parser.add_argument("--stdin", action="store_true", help="what standard input names, in the lines of --list")
     parser.add_argument("--list", action="store_true", help="say what would be compiled, compile nothing")
@@ -267,6 +268,8 @@ def main() -> int:
         todo = [Task(**json.loads(line)) for line in sys.stdin]
     else:
         todo = list(tasks(arguments.cases or case_modules()))
+    if arguments.target:
+        todo = [task for task in todo if task.target in arguments.target]
     if arguments.slice:
         todo = representative(todo)
     if arguments.list:
