@@ -42,11 +42,11 @@ demo: build
 test test-long: export OMP_NUM_THREADS ?= 1
 
 test: build
-	@echo "make test: about 4 minutes on two cores (the slow proofs: make test-long)."
+	@echo "make test: five to nine minutes on two cores (the slow proofs: make test-long)."
 	@$(RUN) -m pytest -m "not long and not gpu" -q --durations=10
 
 test-long: build
-	@echo "make test-long: about 10 minutes on two cores."
+	@echo "make test-long: about 15 minutes on two cores."
 	@$(RUN) -m pytest -m "long and not gpu" -q --durations=10
 	@echo "make test-long: once more what make test proves, with extension and Triton blocked."
 	@DALLE_FAST_TEST_BARE=1 $(RUN) -m pytest -m "not long and not gpu" -q
