@@ -30,8 +30,7 @@ from dalle_fast.ops.gumbel_codebook import gumbel_codebook
 Normalization = tuple[Sequence[float], Sequence[float]]
 
 # Numbers of the decoder's widest map that a CPU decodes at once. Torch's transposed convolutions copy their maps twice
-# for a while, and the copies of a whole batch fit into no cache: one picture of 256x256 after the other takes 0.65 of
-# the memory of a training step of 8, and 0.85 of its time without the bottleneck.
+# for a while: the copies of a whole batch would be a training step's peak, and fit into no cache.
 _AT_ONCE = 2**22
 
 # Arguments of the constructor that mean something to one quantizer only.
@@ -187,7 +186,7 @@ class DiscreteVAE(Pretrained):
     def _decode_embeds(self, embeds: Tensor) -> Tensor:
         """[B, D, h, w] -> pictures; on CPUs as many at a time as `_AT_ONCE` says."""
         widest = self.hidden_dim * embeds.shape[2] * embeds.shape[3] * 4**self.num_layers
-        at_once = max(1, _AT_ONCE // max(1, widest))
+        at_once = max(1, _AT_ONCE // widest)
         if embeds.device.type != "cpu" or len(embeds) <= at_once:
             return self.decoder(embeds)
         return torch.cat([self.decoder(part) for part in embeds.split(at_once)])

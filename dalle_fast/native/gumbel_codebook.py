@@ -13,15 +13,12 @@ from torch import Tensor
 
 from dalle_fast import _extension, rng
 
-STATISTICS = 7
+_STATISTICS = 7
 _DIVERGENCE = 6  # the row of statistics that holds each row's KL divergence
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHOICES = {"soft": 0, "straight_through": 1, "reinmax": 2}
 
-_I32, _U32, _I64, _U64, _FLOAT, _POINTER = (
-    *(ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64),
-    *(ctypes.c_float, ctypes.c_void_p),
-)
+_I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
 class _Maps(ctypes.Structure):
@@ -41,9 +38,9 @@ class _GumbelCodebook(ctypes.Structure):
         *((name, _I64) for name in ("batch", "height", "width", "features", "codes", "dim")),
         *(("element", _I32), ("choice", _I32), ("with_kl", _I32), ("temperature", ctypes.c_double)),
         *(("x", _Maps), ("weight", _POINTER), ("bias", _POINTER), ("codebook", _POINTER)),
-        *(("noise", _Maps), ("seed", _U64), ("first_row", _I64), ("stream", _U32)),
+        *(("noise", _Maps), ("seed", ctypes.c_uint64), ("first_row", _I64), ("stream", ctypes.c_uint32)),
         *(("embeds", _Maps), ("nearest", _POINTER), ("noisy", _POINTER), ("statistics", _POINTER)),
-        *(("dembeds", _Maps), ("dx", _Maps), ("dkl", _FLOAT)),
+        *(("dembeds", _Maps), ("dx", _Maps), ("dkl", ctypes.c_float)),
         *((name, _CodeGradient) for name in ("dweight", "dbias", "dcodebook")),
         ("threads", _I64),
     ]
@@ -66,12 +63,12 @@ def forward(
 
     Args: as `dalle_fast.ops.gumbel_codebook`, checked there; at least one row; `mode` one of `_CHOICES`.
     Returns: embeds [B, D, h, w], contiguous; codes and noisy_codes int64 [B, h, w]; kl, float32 []; float32 statistics
-        [STATISTICS, B h w], named in csrc/cpu/gumbel_codebook.h.
+        [_STATISTICS, B h w], named in csrc/cpu/gumbel_codebook.h.
     """
     batch, _, height, width = features.shape
     embeds = features.new_empty(batch, codebook.shape[1], height, width)
     codes, noisy_codes = (torch.empty(batch, height, width, dtype=torch.int64) for _ in range(2))
-    statistics = torch.empty(STATISTICS, batch * height * width, dtype=torch.float32)
+    statistics = torch.empty(_STATISTICS, batch * height * width, dtype=torch.float32)
     call = _Call(features, weight, bias, codebook, noise, seed, first_row, temperature, mode)
     call.arguments.with_kl = with_kl
     call.results(embeds, codes, noisy_codes, statistics)
@@ -137,7 +134,6 @@ class _Call:
     ) -> None:
         batch, n_features, height, width = features.shape
         self.kept = [features, weight.contiguous(), codebook.contiguous()]
-        self.kept += [tensor for tensor in (bias, noise) if tensor is not None]
         self.arguments = _GumbelCodebook(
             *(batch, height, width, n_features, *codebook.shape),
             *(_ELEMENTS[features.dtype], _CHOICES[mode], False, temperature),
