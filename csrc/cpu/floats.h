@@ -39,7 +39,14 @@ static inline Vec load(const float* from) {
   return value;
 }
 
+static inline VecI load(const int32_t* from) {
+  VecI value;
+  memcpy(&value, from, sizeof(VecI));
+  return value;
+}
+
 static inline void store(float* to, Vec value) { memcpy(to, &value, sizeof(Vec)); }
+static inline void store(int32_t* to, VecI value) { memcpy(to, &value, sizeof(VecI)); }
 
 static inline void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
 

@@ -33,12 +33,6 @@ struct Prepared {
   Vec number(int which, int lane) const { return load(row(which) + lane); }
 };
 
-VecI load_codes(const int32_t* from) {
-  VecI codes;
-  memcpy(&codes, from, sizeof(codes));
-  return codes;
-}
-
 struct Codes {
   int64_t first, count;
   float *weight, *codebook, *bias;
@@ -99,7 +93,7 @@ void differentiate(const GumbelCodebook& op, const Prepared& tile, const int32_t
     const Vec centre = tile.number(kCentre, lane);
     const Vec delta = tile.number(kDelta, lane), second_delta = tile.number(kSecondDelta, lane);
     const Vec divergence = tile.number(kDivergenceWeight, lane), expected = tile.number(kExpected, lane);
-    const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
+    const VecI chosen = load(chosen_codes + lane) - static_cast<int32_t>(codes.first);
     const float rate = static_cast<float>(1.0 / op.temperature);
     for (int64_t i = 0; i < codes.count; ++i) {
       const int64_t at = i * kTile + lane;
@@ -128,7 +122,7 @@ void add_deltas(const GumbelCodebook& op, const Prepared& tile, const int32_t* c
                 const Scores& scores) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
     const Weights weights(op, tile, lane);
-    const VecI chosen = load_codes(chosen_codes + lane) - static_cast<int32_t>(codes.first);
+    const VecI chosen = load(chosen_codes + lane) - static_cast<int32_t>(codes.first);
     const Vec centre = tile.number(kCentre, lane);
     Vec delta{}, second_delta{};
     for (int64_t i = 0; i < codes.count; ++i) {

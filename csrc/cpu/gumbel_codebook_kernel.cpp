@@ -33,7 +33,7 @@ struct Running {
 struct Largest {
   Vec value;
   VecI code;
-  Largest(const float* values, const int32_t* codes) : value(load(values)) { memcpy(&code, codes, sizeof(code)); }
+  Largest(const float* values, const int32_t* codes) : value(load(values)), code(load(codes)) {}
   void take(Vec candidate, int64_t candidate_code) {
     const VecI larger = candidate > value;
     value = larger ? candidate : value;
@@ -41,7 +41,7 @@ struct Largest {
   }
   void keep(float* values, int32_t* codes) const {
     store(values, value);
-    memcpy(codes, &code, sizeof(code));
+    store(codes, code);
   }
 };
 

@@ -22,8 +22,7 @@ struct Best {
 void keep_nearest(const float* distances, int64_t first_code, int64_t count, Best& best) {
   for (int lane = 0; lane < kTile; lane += kWidth) {
     Vec least = load(best.distance + lane);
-    VecI code;
-    memcpy(&code, best.code + lane, sizeof(code));
+    VecI code = load(best.code + lane);
     for (int64_t i = 0; i < count; ++i) {
       const Vec distance = load(distances + i * kTile + lane);
       const VecI nearer = (distance < least) | ((distance != distance) & (least == least));
@@ -31,7 +30,7 @@ void keep_nearest(const float* distances, int64_t first_code, int64_t count, Bes
       code = nearer ? VecI{} + static_cast<int32_t>(first_code + i) : code;
     }
     store(best.distance + lane, least);
-    memcpy(best.code + lane, &code, sizeof(code));
+    store(best.code + lane, code);
   }
 }
 
