@@ -15,11 +15,9 @@ struct DecodeRowsOf {
   float* operator[](int64_t row) const { return data + row * stride; }
 };
 
-// Some of a call's rows, of one prompt, in the order they are computed in.
+// Some of a call's rows, all of one prompt: first .. first + count - 1.
 struct DecodeBlock {
-  const int64_t* rows;  // [count], numbers in DecodeRows
-  int64_t count;
-  int64_t first;  // where the first of them lies in `attended`
+  int64_t first, count;
 };
 
 constexpr int64_t padded16(int64_t width) { return (width + 15) / 16 * 16; }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "choose_token.h"
+#include "decode.h"
 #include "gumbel_codebook.h"
 #include "parallel.h"
 #include "sparse_attention.h"
@@ -26,6 +28,10 @@ DALLE_FAST_EXPORT int32_t dalle_fast_philox_words(const uint64_t* seeds, int64_t
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_of_words(const uint32_t* words, int64_t count, float* out);
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_float_of_words(const uint32_t* words, int64_t count, float* out);
 
+// tokens [n] of logits [n, n_codes], each by the noise of its seed and position. Definitions: choose_token.h.
+DALLE_FAST_EXPORT int32_t dalle_fast_choose_tokens(const dalle_fast::TokenChoice* choice, const float* logits, int64_t n,
+                                                   const uint64_t* seeds, const int64_t* positions, int64_t* tokens);
+
 // All tensors of the call and its tile lists: sparse_attention.h.
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_forward(const dalle_fast::SparseAttention* op);
 DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_backward(const dalle_fast::SparseAttention* op);
@@ -38,3 +44,12 @@ DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_backward(const dalle_fast::
 // nearest [n]: for each row of x [n, width] the index of the nearest row of codebook [codes, width].
 DALLE_FAST_EXPORT int32_t dalle_fast_nearest_code(const float* x, int64_t n, int64_t width, const float* codebook,
                                                   int64_t codes, int64_t* nearest);
+
+// Reads rows and draws tokens: decode.h. Floats of workspace that calls of at most `rows` rows need.
+DALLE_FAST_EXPORT int32_t dalle_fast_decode(const dalle_fast::Decode* call);
+DALLE_FAST_EXPORT int64_t dalle_fast_decode_workspace(const dalle_fast::DecodeModel* model, int64_t rows);
+// One product, for tests: packed_product.h.
+DALLE_FAST_EXPORT int32_t dalle_fast_packed_product(const dalle_fast::PackedProduct* op);
+
+// 64 bits that depend on every one of the bytes: digest.cpp.
+DALLE_FAST_EXPORT int32_t dalle_fast_digest(const void* data, int64_t bytes, uint64_t* out);

@@ -96,6 +96,23 @@ static inline Vec where_bits(uint64_t bits, Vec value, Vec otherwise) {
 #endif
 }
 
+// The sum, and the largest, of all lanes, by halves.
+static inline float sum_of_lanes(Vec x) {
+  float lane[kWidth];
+  store(lane, x);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+static inline float max_of_lanes(Vec x) {
+  float lane[kWidth];
+  store(lane, x);
+  for (int i = 1; i < kWidth; ++i) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+  return lane[0];
+}
+
 // Neighbours exchanged: (x1, x0, x3, x2, ...).
 static inline Vec swap_pairs(Vec x) {
 #if defined(__AVX512F__)
