@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -130,14 +131,25 @@ def _compilations(objects: Path, extra: Sequence[str], emulate_amx: bool) -> lis
 def _compile(job: tuple[list[str], Path, Path]) -> None:
     flags, source, object_file = job
     command = [*_compiler(), *flags, "-c", str(source)]
-    # The object carries the command line and the text of every source and header it may have been made from.
+    # The object carries the command line and the text of every source and header it was made from.
     mark = object_file.with_suffix(".mark")
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
-    made_from = hashlib.sha256(shlex.join(command).encode() + source.read_bytes() + headers).hexdigest()
+    texts = b"".join(path.read_bytes() for path in sorted(_with_headers(source)))
+    made_from = hashlib.sha256(shlex.join(command).encode() + texts).hexdigest()
     if object_file.exists() and mark.exists() and mark.read_text() == made_from:
         return
     _run([*command, "-o", str(object_file)])
     mark.write_text(made_from)
+
+
+def _with_headers(source: Path) -> set[Path]:
+    """The source and every header of ours that it includes."""
+    found, open_ends = {source}, [source]
+    while open_ends:
+        names = re.findall(r'^#include "(.+)"', open_ends.pop().read_text(), re.MULTILINE)
+        fresh = {SOURCES / name for name in names} - found
+        found |= fresh
+        open_ends += fresh
+    return found
 
 
 def _compiler() -> list[str]:
