@@ -130,12 +130,11 @@ float weigh(float* scores, int64_t count) {
 // The scratch of one block.
 struct Bench {
   int64_t width, score_stride;
-  float *widened, *totals, *queries, *out, *scores;
+  float *totals, *queries, *out, *scores;
 
   Bench(const DecodeModel& model, float* scratch)
       : width(padded16(model.dim_head)), score_stride(padded16(model.text_len) + padded16(model.n_image())) {
     Arena arena{scratch};
-    widened = arena.take(kChunk * kPanel);
     totals = arena.take(kAttendRows * kPanel);
     queries = arena.take(kAttendRows * width);
     out = arena.take(kAttendRows * width);
@@ -146,7 +145,7 @@ struct Bench {
   template <class Panel>
   void multiply(const float* x, int64_t stride, const void* panel, int64_t depth, int64_t first, int64_t columns, int64_t count,
                 float* to, int64_t to_stride) const {
-    multiply_panel<Panel>(x, stride, panel, nullptr, depth, static_cast<int>(columns), count, widened, totals);
+    multiply_panel<Panel>(x, stride, panel, nullptr, depth, static_cast<int>(columns), count, totals);
     for (int64_t i = 0; i < count; ++i) memcpy(to + i * to_stride + first, totals + i * kPanel, sizeof(float) * columns);
   }
 };

@@ -11,7 +11,6 @@ namespace DALLE_FAST_ISA {
 // row k + step (k a multiple of kSteps).
 struct Float32Panel {
   static constexpr int kSteps = 1;
-  static constexpr bool kWidens = false;
   static constexpr int kBytes = 4;
   static Vec load(const void* panel, int64_t k, int, int column) {
     return dalle_fast::DALLE_FAST_ISA::load(static_cast<const float*>(panel) + k * kPanel + column);
@@ -20,7 +19,6 @@ struct Float32Panel {
 
 struct BFloat16Panel {
   static constexpr int kSteps = 2;
-  static constexpr bool kWidens = true;
   static constexpr int kBytes = 2;
   // A lane holds the numbers of rows k and k + 1.
   static Vec load(const void* panel, int64_t k, int step, int column) {
@@ -32,7 +30,6 @@ struct BFloat16Panel {
 
 struct Int8Panel {
   static constexpr int kSteps = 1;
-  static constexpr bool kWidens = true;
   static constexpr int kBytes = 1;
   static Vec load(const void* panel, int64_t k, int, int column) {
     const int8_t* from = static_cast<const int8_t*>(panel) + k * kPanel + column;
@@ -57,102 +54,97 @@ constexpr int64_t panel_rows(int64_t depth) {
 }
 
 constexpr int kLeastColumns = 16;
-// As many rows and vectors of columns at a time as the registers hold; a row alone takes more columns, to hide the latency of sums.
-constexpr int kMostRows = kWidth >= 8 ? 6 : 2;
-constexpr int kPassVectors = kWidth == 8 ? 2 : 4;
-constexpr int kRowVectors = kWidth == 8 ? 8 : 4;
+constexpr int kLine = 64;  // bytes of a cache line
 
-// totals [kRows, kPanel] += (the chain of `steps` terms) * scales, for kVectors vectors of columns from `column` on.
+// As many rows at a time as the registers hold, and vectors of columns beside so many rows. Many rows and few vectors: what turns a
+// weight into a float32 is paid once for all rows.
+constexpr int kMostRows = kWidth == 16 ? 6 : kWidth == 8 ? 6 : 2;
+constexpr int vectors_beside(int rows) {
+  if (kWidth == 16) return 4;
+  if (kWidth == 8) return rows == 1 ? 8 : 2;
+  return 4;
+}
+
+// What a product is made of: chains of a chunk of a panel, for some rows and columns.
+struct PanelChunk {
+  const float* x;  // of the first row, at the chunk's first step
+  int64_t stride;
+  const void* panel;
+  const float* scales;  // of the chunk, or null
+  int64_t first, steps;
+  const char* ahead;  // memory that is wanted next
+};
+
+static inline void fetch(const char* line) {
+#if defined(__x86_64__)
+  _mm_prefetch(line, _MM_HINT_T1);
+#else
+  __builtin_prefetch(line);
+#endif
+}
+
+// totals [kRows, kPanel] += (the chain of a chunk's terms) * scales, for kVectors vectors of columns from `column` on.
 template <class Panel, int kRows, int kVectors>
-static inline void add_chain(const float* x, int64_t stride, const void* panel, const float* scales, int64_t first, int64_t steps,
-                             int column, float* totals) {
+static inline void add_chain(const PanelChunk& chunk, int column, float* totals) {
   Vec sum[kRows][kVectors] = {};
-  for (int64_t k = 0; k < steps; k += Panel::kSteps) {
+  const char* ahead = chunk.ahead;
+  for (int64_t k = 0; k < chunk.steps; k += Panel::kSteps) {
+    if (kRows == kMostRows) fetch(ahead += kLine);
 #pragma GCC unroll 2
     for (int step = 0; step < Panel::kSteps; ++step) {
       Vec right[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) right[v] = Panel::load(panel, first + k, step, column + v * kWidth);
-#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) right[v] = Panel::load(chunk.panel, chunk.first + k, step, column + v * kWidth);
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const Vec left = broadcast(x[i * stride + k + step]);
+        const Vec left = broadcast(chunk.x[i * chunk.stride + k + step]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       float* to = totals + i * kPanel + column + v * kWidth;
-      const Vec factor = scales == nullptr ? broadcast(1.0f) : load(scales + column + v * kWidth);
+      const Vec factor = chunk.scales == nullptr ? broadcast(1.0f) : load(chunk.scales + column + v * kWidth);
       store(to, multiply_add(sum[i][v], factor, load(to)));
     }
   }
 }
 
+// The same for `columns` columns, a multiple of 16.
 template <class Panel, int kRows>
-static inline void add_chains_of_rows(const float* x, int64_t stride, const void* panel, const float* scales, int64_t first,
-                                      int64_t steps, int columns, float* totals) {
-  constexpr int kVectors = kRows == 1 ? kRowVectors : kPassVectors;
+static inline void add_chains(PanelChunk& chunk, int columns, float* totals) {
+  constexpr int kVectors = vectors_beside(kRows);
   int column = 0;
   for (; column + kVectors * kWidth <= columns; column += kVectors * kWidth) {
-    add_chain<Panel, kRows, kVectors>(x, stride, panel, scales, first, steps, column, totals);
+    add_chain<Panel, kRows, kVectors>(chunk, column, totals);
+    chunk.ahead += chunk.steps / Panel::kSteps * kLine;
   }
-  for (; column < columns; column += kLeastColumns) {
-    add_chain<Panel, kRows, kLeastColumns / kWidth>(x, stride, panel, scales, first, steps, column, totals);
-  }
+  for (; column < columns; column += kLeastColumns) add_chain<Panel, kRows, kLeastColumns / kWidth>(chunk, column, totals);
 }
 
-template <class Panel>
-static inline void add_chains(const float* x, int64_t stride, const void* panel, const float* scales, int64_t first, int64_t steps,
-                              int columns, int64_t rows, float* totals) {
-  int64_t row = 0;
-  for (; row + kMostRows <= rows; row += kMostRows) {
-    add_chains_of_rows<Panel, kMostRows>(x + row * stride, stride, panel, scales, first, steps, columns, totals + row * kPanel);
-  }
-  x += row * stride, totals += row * kPanel;
-  switch (rows - row) {
-    case 5:
-      return add_chains_of_rows<Panel, 5>(x, stride, panel, scales, first, steps, columns, totals);
-    case 4:
-      return add_chains_of_rows<Panel, 4>(x, stride, panel, scales, first, steps, columns, totals);
-    case 3:
-      return add_chains_of_rows<Panel, 3>(x, stride, panel, scales, first, steps, columns, totals);
-    case 2:
-      return add_chains_of_rows<Panel, 2>(x, stride, panel, scales, first, steps, columns, totals);
-    case 1:
-      return add_chains_of_rows<Panel, 1>(x, stride, panel, scales, first, steps, columns, totals);
-  }
+template <class Panel, int kRows = kMostRows>
+static inline void add_chains_of_rows(int64_t rows, PanelChunk& chunk, int columns, float* totals) {
+  if (rows == kRows) return add_chains<Panel, kRows>(chunk, columns, totals);
+  if constexpr (kRows > 1) add_chains_of_rows<Panel, kRows - 1>(rows, chunk, columns, totals);
 }
 
-// widened [steps, kPanel]: rows first .. first + steps - 1 of the panel as float32.
-template <class Panel>
-static inline void widen_panel(const void* panel, int64_t first, int64_t steps, float* widened) {
-  for (int64_t k = 0; k < steps; k += Panel::kSteps) {
-    for (int step = 0; step < Panel::kSteps; ++step) {
-      for (int column = 0; column < kPanel; column += kWidth) {
-        store(widened + (k + step) * kPanel + column, Panel::load(panel, first + k, step, column));
-      }
-    }
-  }
-}
-
-// totals [rows, kPanel] = x [rows, depth] times the first `columns` (a multiple of 16) of a panel. widened [kChunk, kPanel] is
-// scratch: beyond two passes of rows weights are widened once. x holds a zero behind an odd depth.
+// totals [rows, kPanel] = x [rows, depth] times the first `columns` (a multiple of 16) of a panel. x holds a zero behind an odd
+// depth. Rows pass over a chunk while it lies in the nearest caches, and fetch the next one.
 template <class Panel>
 static inline void multiply_panel(const float* x, int64_t stride, const void* panel, const float* scales, int64_t depth, int columns,
-                                  int64_t rows, float* widened, float* totals) {
+                                  int64_t rows, float* totals) {
   clear(totals, rows * kPanel);
   for (int64_t first = 0; first < depth; first += kChunk) {
-    const int64_t steps = depth - first < kChunk ? depth - first : kChunk;
-    const float* chunk_scales = scales == nullptr ? nullptr : scales + first / kChunk * kPanel;
-    if (Panel::kWidens && rows > 2 * kMostRows) {
-      widen_panel<Panel>(panel, first, steps, widened);
-      add_chains<Float32Panel>(x + first, stride, widened, chunk_scales, 0, steps, columns, rows, totals);
-    } else {
-      add_chains<Panel>(x + first, stride, panel, chunk_scales, first, steps, columns, rows, totals);
+    PanelChunk chunk{x + first, stride, panel, scales, first, depth - first < kChunk ? depth - first : kChunk,
+                     static_cast<const char*>(panel) + (first + kChunk) * kPanel * Panel::kBytes};
+    if (scales != nullptr) chunk.scales += first / kChunk * kPanel;
+    for (int64_t row = 0; row < rows; row += kMostRows) {
+      add_chains_of_rows<Panel>(rows - row < kMostRows ? rows - row : kMostRows, chunk, columns, totals + row * kPanel);
+      chunk.x += kMostRows * stride;
     }
   }
 }

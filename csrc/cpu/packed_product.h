@@ -43,9 +43,9 @@ struct PackedProduct {
   const float* scale;  // [width], of `residual`
 };
 
-constexpr int64_t packed_product_scratch(int64_t rows) { return kChunk * kPanel + (rows + kSpareRows) * kPanel; }
+constexpr int64_t packed_product_scratch(int64_t rows) { return rows * kPanel; }
 
 }  // namespace dalle_fast
 
-// The columns of one panel, all rows; scratch on the bounds of a cache line.
-DALLE_FAST_KERNEL(packed_product_panel, (const PackedProduct& op, int64_t panel, float* scratch), (op, panel, scratch))
+// The columns of one panel, all rows; totals: scratch on the bounds of a cache line.
+DALLE_FAST_KERNEL(packed_product_panel, (const PackedProduct& op, int64_t panel, float* totals), (op, panel, totals))

@@ -55,15 +55,14 @@ void add_columns(const PackedProduct& op, int64_t panel, const float* totals) {
 
 }  // namespace
 
-void packed_product_panel(const PackedProduct& op, int64_t panel, float* scratch) {
+void packed_product_panel(const PackedProduct& op, int64_t panel, float* totals) {
   const PackedMatrix& matrix = *op.matrix;
-  float* const totals = scratch + kChunk * kPanel;
-  with_panel(op.element, [&](auto kind) {
+    with_panel(op.element, [&](auto kind) {
     using Panel = decltype(kind);
     const int64_t chunks = (matrix.depth + kChunk - 1) / kChunk;
     const char* weights = static_cast<const char*>(matrix.panels) + panel * panel_rows<Panel>(matrix.depth) * kPanel * Panel::kBytes;
     const float* scales = matrix.scales == nullptr ? nullptr : matrix.scales + panel * chunks * kPanel;
-    multiply_panel<Panel>(op.x, op.x_stride, weights, scales, matrix.depth, kPanel, op.rows, scratch, totals);
+    multiply_panel<Panel>(op.x, op.x_stride, weights, scales, matrix.depth, kPanel, op.rows, totals);
   });
   add_bias(matrix, panel, op.rows, totals);
   switch (op.epilogue) {
