@@ -119,7 +119,7 @@ class _Call:
         batch, heads, n, width = q.shape
         self.lists = _tile_lists(pattern, n <= pattern.layout.text_len)
         self.mask = None if key_mask is None else key_mask.contiguous()
-        self.turns = None if rotary is None else _turns(rotary[:n], width)
+        self.turns = None if rotary is None else turns_of_channels(rotary[:n], width)
         self.arguments = _SparseAttention(
             *(batch, heads, n, width, _ELEMENTS[q.dtype], scale),
             *(_Heads.of(tensor) for tensor in (q, k, v, out)),
@@ -137,7 +137,7 @@ class _Call:
         return ctypes.addressof(self.arguments)
 
 
-def _turns(rotary: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def turns_of_channels(rotary: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """float32 [N, width padded to 16]: cosines, and sines with the sign that the channel's partner is added with."""
     n, rot = rotary.shape
     padded = -(-width // 16) * 16
