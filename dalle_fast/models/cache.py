@@ -8,9 +8,10 @@ read in one piece; `full` keeps everything. Keys and values are stored rotated.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_fast.models.token_shift import ShiftCache
@@ -19,6 +20,8 @@ from dalle_fast.reference.sparse_attention import turns
 
 if TYPE_CHECKING:
     from dalle_fast.layout import TokenLayout
+
+_BY_COLUMNS = ("axial_col", "paper_col")  # patterns whose keys are stored column by column
 
 Piece = slice | Tensor  # where some of a query's keys stand in a cache
 
@@ -170,7 +173,7 @@ class LayerCache:
 def ring_slots(pattern: AttentionPattern, slack: int) -> int:
     """Image slots a cache of this pattern needs: 1 + largest distance + slack, at most one for each image token."""
     n_image = pattern.layout.n_image
-    if pattern.name in ("axial_col", "paper_col"):  # stored column by column, where a ring would save next to nothing
+    if pattern.name in _BY_COLUMNS:  # stored column by column, where a ring would save next to nothing
         return n_image
     return min(n_image, 1 + pattern.max_image_distance() + slack)
 
@@ -180,11 +183,42 @@ def slots_of_positions(pattern: AttentionPattern, slack: int) -> tuple[int, ...]
     """Where each position of the layout is kept: text at itself, image tokens in a ring behind it or by columns."""
     layout, slots = pattern.layout, ring_slots(pattern, slack)
     text = list(range(layout.text_len))
-    if pattern.name in ("axial_col", "paper_col"):
+    if pattern.name in _BY_COLUMNS:
         image = [(p % layout.grid_cols) * layout.grid_rows + p // layout.grid_cols for p in range(layout.n_image)]
     else:
         image = [p % slots for p in range(layout.n_image)]
     return tuple(text + [layout.text_len + slot for slot in image])
+
+
+class WindowRuns(NamedTuple):
+    """The image keys that each image token sees, as runs of slots, ascending in position: what the C++ engine walks."""
+
+    slots: int
+    slot_of: Tensor  # int64 [R * C]: where each image token is kept, counted from the first image slot
+    run_start: Tensor  # int64 [R * C + 1]: image token p has the runs run_start[p] .. run_start[p + 1] - 1
+    runs: Tensor  # int64 [runs, 2]: first slot, count
+
+
+@lru_cache(maxsize=64)
+def window_runs(pattern: AttentionPattern, slack: int) -> WindowRuns:
+    """The window of every image token, in the slots of `slots_of_positions`."""
+    layout = pattern.layout
+    slot_of = torch.tensor(slots_of_positions(pattern, slack)[layout.text_len :]) - layout.text_len
+    # Keys in the order of their slots, where that is not the order of positions: a column's keys then lie together.
+    by_columns = pattern.name in _BY_COLUMNS
+    keys = slot_of.argsort() if by_columns else torch.arange(layout.n_image)
+    follows = torch.ones(layout.n_image, dtype=torch.bool)
+    follows[1:] = slot_of[keys][1:] == slot_of[keys][:-1] + 1  # else a run ends before this key
+    runs, counts = [], []
+    for queries in torch.arange(layout.n_image).split(layout.grid_cols):  # bounds the memory of a mask
+        seen = pattern.allowed(layout.text_len + queries[:, None], layout.text_len + keys[None, :])
+        goes_on = seen[:, 1:] & seen[:, :-1] & follows[1:]
+        query, first = (seen & ~F.pad(goes_on, (1, 0))).nonzero().unbind(1)
+        last = (seen & ~F.pad(goes_on, (0, 1))).nonzero()[:, 1]
+        runs.append(torch.stack((slot_of[keys[first]], last - first + 1), dim=1))
+        counts.append(query.bincount(minlength=len(queries)))
+    run_start = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+    return WindowRuns(ring_slots(pattern, slack), slot_of, run_start, torch.cat(runs))
 
 
 class WindowPieces:

@@ -43,10 +43,10 @@ class ShiftCache:
     def __init__(self, layout: TokenLayout, slack: int, like: Tensor) -> None:
         self.layout = layout
         batch, _, channels = like.shape
-        half, quarter = _chunks(channels)
+        of_text, of_image = shifted_channels(channels)
         ahead = 1 + slack  # a step is written before it is read
-        self.before = like.new_zeros(batch, 1 + ahead, half)
-        self.image = like.new_zeros(batch, layout.grid_cols + ahead, min(2 * quarter, channels))
+        self.before = like.new_zeros(batch, 1 + ahead, of_text)
+        self.image = like.new_zeros(batch, layout.grid_cols + ahead, of_image)
 
     def write(self, x: Tensor, start: int) -> None:
         """Remembers x [B, M, C], the activations at positions start .. start + M - 1."""
@@ -77,6 +77,12 @@ class ShiftCache:
                 x[:, 2 * quarter :],
             ]
         return torch.cat(parts, dim=-1)[:, None]
+
+
+def shifted_channels(channels: int) -> tuple[int, int]:
+    """How many of a text token's and of an image token's channels come from other tokens."""
+    half, quarter = _chunks(channels)
+    return half, min(2 * quarter, channels)
 
 
 def _chunks(channels: int) -> tuple[int, int]:
