@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dalle_fast.models.alone import each_alone, in_float32
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.transformer import Transformer
 
@@ -82,6 +83,9 @@ class CLIP(Pretrained):
             text_mask: bool [B, n], True = a token; at least one in each row.
             return_loss: the mean of the two cross entropies over the batch, scalar, instead of similarities [B].
         Raises: TypeError (dtype), ValueError (shape, id, batch size, a row with no token).
+        Numerics: on CPUs the bits of a similarity depend on its text, mask, picture and the weights alone, not on its
+            batch or the number of threads, and a text that comes again is read once; 16-bit models compute it in
+            float32 and round it.
         Source: DALLE-pytorch CLIP.forward, which gives NaN for a masked row.
         """
         self._check_text(text, text_mask)
@@ -95,6 +99,9 @@ class CLIP(Pretrained):
         if return_loss and n_texts == 0:
             raise ValueError("CLIP: return_loss needs at least one pair, got an empty batch. Skip it.")
 
+        apart = not return_loss and n_texts and n_images and not torch.compiler.is_compiling()
+        if apart and text.device.type == "cpu":
+            return self._similarities(text, image, text_mask)
         text_latents = self._text_latents(text, text_mask)
         image_latents = self._image_latents(image)
         scale = self.temperature.exp()
@@ -103,6 +110,29 @@ class CLIP(Pretrained):
         similarity = text_latents @ image_latents.t() * scale  # [texts, pictures]
         pairs = torch.arange(n_texts, device=text.device)
         return (F.cross_entropy(similarity, pairs) + F.cross_entropy(similarity.t(), pairs)) / 2
+
+    def _similarities(self, text: Tensor, image: Tensor, mask: Tensor | None) -> Tensor:
+        """forward without the loss: each text and each picture alone, equal texts once."""
+        wide = in_float32(self)
+        rows = text if mask is None else torch.cat([text, mask.to(text)], dim=1)
+        first: dict[tuple[int, ...], int] = {}
+        like = [first.setdefault(tuple(row), i) for i, row in enumerate(rows.tolist())]
+        distinct = sorted(first.values())
+
+        def latent(job: int) -> Tensor:
+            if job < len(distinct):
+                row = slice(distinct[job], distinct[job] + 1)
+                return wide._text_latents(text[row], None if mask is None else mask[row])
+            job -= len(distinct)
+            return wide._image_latents(image[job : job + 1].to(wide.temperature.dtype))
+
+        latents = each_alone(latent, len(distinct) + len(image))
+        of_text = dict(zip(distinct, latents, strict=False))
+        texts, pictures = [of_text[row] for row in like], latents[len(distinct) :]
+        n = max(len(texts), len(pictures))
+        pairs = zip(texts * (n // len(texts)), pictures * (n // len(pictures)), strict=True)
+        scores = torch.cat([(one * other).sum(-1) for one, other in pairs]) * wide.temperature.exp()
+        return scores.to(self.temperature.dtype)
 
     def _text_latents(self, text: Tensor, mask: Tensor | None) -> Tensor:
         """Unit vectors [B, dim_latent]."""

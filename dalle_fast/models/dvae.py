@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast import rng
+from dalle_fast.models.alone import each_alone, in_float32, widened
 from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.ops.codebook_indices import codebook_indices
@@ -178,10 +179,24 @@ class DiscreteVAE(Pretrained):
 
         Args: img_seq: int64 or int32 [B, n], n a square number, ids below num_tokens.
         Returns: [B, c, sqrt(n) 2^L, sqrt(n) 2^L], normalised as the inputs of training were.
+        Numerics: on CPUs the bits of a picture depend on its codes and the weights alone, not on its batch or the
+            number of threads; 16-bit models compute in float32 and round the pixels.
         """
         side = self._check_codes(img_seq)
-        embeds = F.embedding(img_seq, self.codebook.weight).unflatten(1, (side, side))  # [B, h, w, D]
-        return self._decode_embeds(embeds.permute(0, 3, 1, 2))
+        if img_seq.device.type != "cpu" or torch.compiler.is_compiling() or len(img_seq) == 0:
+            return self.decoder(self._embeds(img_seq, side))
+        decoder = in_float32(self.decoder)
+
+        def picture(row: int) -> Tensor:
+            embeds = self._embeds(img_seq[row : row + 1], side)
+            pixels = decoder(widened(embeds))
+            return pixels if widened(embeds) is embeds else pixels.to(embeds.dtype)
+
+        return torch.cat(each_alone(picture, len(img_seq)))
+
+    def _embeds(self, img_seq: Tensor, side: int) -> Tensor:
+        """[B, n] -> [B, D, h, w]."""
+        return F.embedding(img_seq, self.codebook.weight).unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     def _decode_embeds(self, embeds: Tensor) -> Tensor:
         """[B, D, h, w] -> pictures; on CPUs as many at a time as `_AT_ONCE` says."""
@@ -326,7 +341,7 @@ def _decoder(channels: int, hidden: int, n_layers: int, n_blocks: int, codebook_
     blocks = [nn.Conv2d(codebook_dim, hidden, 1)] + [ResBlock(hidden) for _ in range(n_blocks)] if n_blocks else []
     widths = [hidden if n_blocks else codebook_dim] + [hidden] * n_layers
     double = [
-        nn.Sequential(nn.ConvTranspose2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU())
+        nn.Sequential(nn.ConvTranspose2d(wide_in, wide_out, 4, stride=2, padding=1), nn.ReLU(inplace=True))
         for wide_in, wide_out in pairwise(widths)
     ]
     return nn.Sequential(*blocks, *double, nn.Conv2d(hidden, channels, 1))

@@ -86,7 +86,7 @@ def test_patches_are_read_row_by_row_with_channels_innermost():
     seen = {}
     clip.to_visual_embedding.register_forward_hook(lambda module, inputs, output: seen.update(patches=inputs[0]))
     image = torch.rand(2, 2, 12, 12)
-    clip(*small_batch(2)[:1], image)
+    clip(*small_batch(2)[:1], image, return_loss=True)
     assert seen["patches"].shape == (2, 9, 4 * 4 * 2)
     for patch in range(9):
         row, column = 4 * (patch // 3), 4 * (patch % 3)
