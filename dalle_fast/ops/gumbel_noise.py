@@ -57,8 +57,8 @@ def gumbel_noise(
     Numerics: words and u are bit-equal everywhere, the noise is within 2 ulp (float32) of its exact value.
     Source: the Gumbel-max trick over Philox4x32-10; DESIGN section 4.6.
     """
-    positions = _check_positions(positions)
-    seeds = _check_seeds(seed, positions)
+    positions = check_positions(OP, positions)
+    seeds = check_seeds(OP, seed, positions)
     if n_codes < 0:
         raise ValueError(f"{OP}: n_codes must be 0 or more, got {n_codes}.")
     noise = _gumbel_noise(seeds, positions, int(rng.Stream(stream)), n_codes, impl)
@@ -80,27 +80,29 @@ def _(seeds: Tensor, positions: Tensor, stream: int, n_codes: int, impl: str) ->
     return positions.new_empty((positions.shape[0], n_codes), dtype=torch.float32)
 
 
-def _check_positions(positions: Tensor) -> Tensor:
+def check_positions(op: str, positions: Tensor) -> Tensor:
+    """int64 [n]. Raises: TypeError."""
     if positions.dtype not in (torch.int64, torch.int32) or positions.dim() != 1:
         raise TypeError(
-            f"{OP}: positions must be int64 [n], got {dtype_name(positions)} {list(positions.shape)}."
+            f"{op}: positions must be int64 [n], got {dtype_name(positions)} {list(positions.shape)}."
             " Give one index for each row of noise."
         )
     return positions.to(torch.int64)
 
 
-def _check_seeds(seed: int | Sequence[int] | Tensor, positions: Tensor) -> Tensor:
+def check_seeds(op: str, seed: int | Sequence[int] | Tensor, positions: Tensor) -> Tensor:
+    """int64 [1] or [n]: the 64 bits of each, on the device of positions [n]. Raises: TypeError, ValueError."""
     n = positions.shape[0]
-    seeds = seed if isinstance(seed, Tensor) else rng.seeds_to_tensor(seed, positions.device)
+    seeds = seed if isinstance(seed, Tensor) else rng.seeds_to_tensor(seed, positions.device, op=op)
     if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.device != positions.device:
         raise TypeError(
-            f"{OP}: a seed tensor must be int64 [1] or [n={n}] on {positions.device},"
+            f"{op}: a seed tensor must be int64 [1] or [n={n}] on {positions.device},"
             f" got {dtype_name(seeds)} {list(seeds.shape)} on {seeds.device}."
             " Make it with rng.seeds_to_tensor."
         )
     if seeds.shape[0] not in (1, n):
         raise ValueError(
-            f"{OP}: seed must be one number or one for each of the {n} positions, got {seeds.shape[0]}."
+            f"{op}: seed must be one number or one for each of the {n} positions, got {seeds.shape[0]}."
             " Give as many seeds as positions."
         )
     return seeds
