@@ -32,9 +32,14 @@ def explain(op: str, **facts: object) -> str:
     """In words: which implementation of `op` runs for a call with these facts, and why the others do not.
 
     Args:
-        op: the name of a function of `dalle_fast.functional`.   facts: as its module's `facts(...)` gives them.
+        op: the name of a function of `dalle_fast.functional`, or "decode": which engine draws.
+        facts: as the op's module gives them by `facts(...)`; of "decode": model, weight_dtype, max_memory.
     Raises: ValueError (unknown op).
     """
+    if op == "decode":
+        from dalle_fast.sampling import engine
+
+        return engine.explain(**facts)  # type: ignore[arg-type]
     from dalle_fast import dispatch
     from dalle_fast import functional as _functional  # noqa: F401  (importing the ops registers them)
 

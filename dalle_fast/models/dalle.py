@@ -193,6 +193,9 @@ class DALLE(Pretrained):
         known_tokens: Tensor | None = None,
         return_tokens: bool = False,
         on_tokens: Callable[[int, Tensor], None] | None = None,
+        engine: str = "auto",
+        weight_dtype: torch.dtype | None = None,
+        max_memory: int | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Draws one image a text. The model's training flags are as before afterwards, also after an error.
 
@@ -212,10 +215,16 @@ class DALLE(Pretrained):
             known_tokens: int [B, n], -1 where the code is to be drawn; a missing tail is drawn. Not with `img`.
             return_tokens: also return the codes.
             on_tokens: called once a grid row with (index of the first code, codes [B, m]); what it raises stops the
-                drawing.
+                drawing. A batch drawn in micro-batches calls it for each, with -1 for the other samples.
+            engine: "cpu" (in C++: the same bits for a text and a seed in any batch), "eager" (the modules themselves,
+                on any device), or "auto": cpu where it can. `dalle_fast.explain("decode", model=self)` says why not.
+            weight_dtype: what `cpu` holds weights as: torch.float32, torch.bfloat16 or torch.int8; None: bfloat16 for
+                a model in bfloat16, float32 for others.
+            max_memory: bytes `cpu` may take, packed weights included; None: four fifths of what is available now.
+                `dalle_fast.sampling.plan.plan_drawing` says beforehand what comes of it.
         Returns: images [B, channels, image_size, image_size]; then scores [B] with `clip`; then codes
             [B, image_seq_len] with `return_tokens`: a tuple if more than one.
-        Raises: ValueError, TypeError.
+        Raises: ValueError, TypeError; NotImplementedError, RuntimeError (the engine asked for cannot run); MemoryError.
         Source: DALLE-pytorch; filters and noise are described in docs/sampling.md.
         """
         from dalle_fast.sampling.images import generate_images  # at call time: sampling stands above models
@@ -224,7 +233,7 @@ class DALLE(Pretrained):
             self, text, clip=clip, filter_thres=filter_thres, temperature=temperature, img=img,
             num_init_img_tokens=num_init_img_tokens, cond_scale=cond_scale, use_cache=use_cache, seed=seed,
             generator=generator, top_k=top_k, top_p=top_p, known_tokens=known_tokens, return_tokens=return_tokens,
-            on_tokens=on_tokens,
+            on_tokens=on_tokens, engine=engine, weight_dtype=weight_dtype, max_memory=max_memory,
         )  # fmt: skip
 
     def generate_texts(
@@ -238,6 +247,8 @@ class DALLE(Pretrained):
         generator: torch.Generator | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        engine: str = "auto",
+        weight_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[str]]:
         """Continues a text as the model was trained to, on the model's device.
 
@@ -259,6 +270,8 @@ class DALLE(Pretrained):
             generator=generator,
             top_k=top_k,
             top_p=top_p,
+            engine=engine,
+            weight_dtype=weight_dtype,
         )
 
     # -------------------------------------------------------------------------------------------- embeddings and head

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dalle_fast import rng
+from dalle_fast.layout import TokenLayout
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.ops.gumbel_noise import gumbel_noise
-from dalle_fast.sampling.eager import EagerEngine, UncachedEngine
+from dalle_fast.sampling.eager import UncachedEngine
+from dalle_fast.sampling.engine import Engine, choose_engine, make_engine
 from dalle_fast.sampling.filters import Filters
+from dalle_fast.sampling.plan import plan_drawing
 
 OnTokens = Callable[[int, Tensor], None]
+Samples = Tensor | slice  # which of a batch
 _PRIMED_SHARE = 0.4375  # 14 of 32 rows, as OpenAI's completions
-_NOISE_VALUES = 1 << 24  # noise made at once, values: bounds its memory at 64 MiB
 
 
 @torch.no_grad()
@@ -31,6 +33,9 @@ def generate_images(
     num_init_img_tokens: int | None,
     cond_scale: float,
     use_cache: bool,
+    engine: str,
+    weight_dtype: torch.dtype | None,
+    max_memory: int | None,
     seed: int | Sequence[int] | Tensor | None,
     generator: torch.Generator | None,
     top_k: int | None,
@@ -52,15 +57,30 @@ def generate_images(
         raise ValueError("generate_images: num_init_img_tokens needs img, the image whose codes are kept, got none.")
     if cond_scale != cond_scale or abs(cond_scale) == float("inf"):
         raise ValueError(f"generate_images: cond_scale must be a finite number, got {cond_scale}.")
+    name = choose_engine(model, engine, weight_dtype=weight_dtype, max_memory=max_memory)
+    if not use_cache and (engine, weight_dtype, max_memory) != ("auto", None, None):
+        raise ValueError(
+            "generate_images: use_cache=False recomputes everything in torch, so engine, weight_dtype and max_memory "
+            f"must be left out, got {engine!r}, {weight_dtype} and {max_memory}."
+        )
     text = text[:, : model.text_seq_len]
     prompt = model.padded_text(text)
     seeds = rng.resolve_seeds(seed, text.shape[0], generator)
     with evaluating(model, model.vae, clip):
         known = _primed(model, img, num_init_img_tokens, text) if img is not None else _known(model, known_tokens, text)
-        engine = (
-            EagerEngine(model, cond_scale=cond_scale) if use_cache else UncachedEngine(model, cond_scale=cond_scale)
-        )
-        codes = draw_codes(model, engine, prompt, known, filters, seeds, on_tokens)
+        first = _first_unknown(known)
+        drawing: Engine = UncachedEngine(model, cond_scale=cond_scale)
+        batches: Sequence[Samples] = [slice(None)]
+        if use_cache:
+            drawing = make_engine(name, model, cond_scale=cond_scale, weight_dtype=weight_dtype)
+            if name == "cpu" and len(prompt):
+                distinct, which = prompt.unique(dim=0, return_inverse=True)
+                plan = plan_drawing(
+                    model, len(prompt), prompts=len(distinct), cond_scale=cond_scale, weight_dtype=weight_dtype,
+                    max_memory=max_memory, primed=first > 0,
+                )  # fmt: skip
+                batches = _micro_batches(which, plan.micro_batches)
+        codes = draw_codes(drawing, model.layout, prompt, known, first, filters, seeds, batches, on_tokens)
         images = model.vae.decode(codes)
         results = [images]
         if clip is not None:
@@ -71,32 +91,37 @@ def generate_images(
 
 
 def draw_codes(
-    model: DALLE,
-    engine: EagerEngine | UncachedEngine,
+    engine: Engine,
+    layout: TokenLayout,
     prompt: Tensor,
     known: Tensor,
+    first: int,
     filters: Filters,
     seeds: list[int],
+    batches: Sequence[Samples],
     on_tokens: OnTokens | None,
 ) -> Tensor:
-    """Codes [B, R * C] after the prompt [B, T]: the known ones (not -1) kept, the others drawn in raster order."""
-    layout, n_image = model.layout, model.image_seq_len
+    """Codes [B, R * C] behind the prompts [B, T]: known ones (not -1) kept, others drawn, micro-batch by micro-batch.
+
+    Args: first: how many leading codes every sample knows.   batches: the samples of each micro-batch.
+    """
     codes = known.clone()
-    first = _first_unknown(known)
-    if prompt.shape[0] == 0 or first == n_image:
+    if len(prompt) == 0 or first == layout.n_image:
         return codes
-    anything_known = (known[:, first:] >= 0).any(dim=0).tolist()
-    noises = _noise(filters, seeds, first, model, prompt.device)
-    logits = engine.prefill(prompt, codes[:, :first])
-    reported = first
-    for p in range(first, n_image):
-        drawn = filters.choose(logits, next(noises))
-        codes[:, p] = torch.where(known[:, p] >= 0, known[:, p], drawn) if anything_known[p - first] else drawn
-        if on_tokens is not None and (p + 1) % layout.grid_cols == 0:
-            on_tokens(reported, codes[:, reported : p + 1].clone())
-            reported = p + 1
-        if p + 1 < n_image:
-            logits = engine.step(codes[:, p : p + 1])[:, 0]
+    seed_of = rng.seeds_to_tensor(seeds, prompt.device)
+    for samples in batches:
+        some = codes[samples]
+        engine.prefill(prompt[samples], some[:, :first])
+        start = first
+        while start < layout.n_image:
+            end = start - start % layout.grid_cols + layout.grid_cols
+            engine.draw(some, start, end - start, filters, seed_of[samples])
+            if on_tokens is not None:
+                row = torch.full_like(codes[:, start:end], -1)
+                row[samples] = some[:, start:end]
+                on_tokens(start, row)
+            start = end
+        codes[samples] = some
     return codes
 
 
@@ -114,22 +139,9 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def _noise(
-    filters: Filters, seeds: list[int], first: int, model: DALLE, device: torch.device
-) -> Iterator[Tensor | None]:
-    """Gumbel noise [B, K] of image token first, first + 1, ...: a function of seed and token alone."""
-    n_image, n_codes, batch = model.image_seq_len, model.num_image_tokens, len(seeds)
-    if not filters.needs_noise:
-        yield from (None for _ in range(first, n_image))
-        return
-    seed_of = rng.seeds_to_tensor(seeds, device)
-    together = max(1, min(model.layout.grid_cols, _NOISE_VALUES // (batch * n_codes)))
-    for start in range(first, n_image, together):
-        position = torch.arange(start, min(start + together, n_image), device=device)
-        grid = gumbel_noise(
-            seed_of.repeat(len(position)), position.repeat_interleave(batch), rng.Stream.IMAGE_SAMPLING, n_codes
-        )
-        yield from grid.view(len(position), batch, n_codes)
+def _micro_batches(prompt_of: Tensor, sizes: Sequence[int]) -> Sequence[Samples]:
+    """The samples of each micro-batch, those of one prompt together."""
+    return [slice(None)] if len(sizes) == 1 else prompt_of.argsort(stable=True).split(list(sizes))
 
 
 def _first_unknown(known: Tensor) -> int:

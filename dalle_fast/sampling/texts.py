@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle_fast import rng
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.ops.gumbel_noise import gumbel_noise
-from dalle_fast.sampling.eager import EagerEngine
+from dalle_fast.sampling.engine import choose_engine, make_engine
 from dalle_fast.sampling.filters import Filters
 from dalle_fast.sampling.images import evaluating
 
@@ -30,12 +30,15 @@ def generate_texts(
     generator: torch.Generator | None,
     top_k: int | None,
     top_p: float | None,
+    engine: str,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[str]]:
     """See `DALLE.generate_texts`."""
     tokenizer = _with_codec(tokenizer)
     filters = Filters.from_threshold(
         filter_thres, model.total_tokens, temperature=temperature, top_k=top_k, top_p=top_p
     )
+    name = choose_engine(model, engine, weight_dtype=weight_dtype, op="generate_texts")
     beginning = [int(i) for i in tokenizer.encode(text)] if text else []
     length, device = model.text_seq_len, model.to_logits.weight.device
     if len(beginning) >= length:
@@ -47,13 +50,13 @@ def generate_texts(
     prompt = model.padded_text(ids)[:, : 1 + len(beginning)]  # <bos> and the beginning
     seeds = rng.resolve_seeds(seed, 1, generator)
     with evaluating(model):
-        engine = EagerEngine(model)
-        logits = engine.prefill(prompt)
+        writing = make_engine(name, model, weight_dtype=weight_dtype)
+        logits = writing.prefill(prompt)
         for i in range(len(beginning), length):
             token = filters.choose(logits, _noise(filters, seeds, i, model, device))
             ids[:, i] = token
             if i + 1 < length:
-                logits = engine.step(token[:, None])[:, 0]
+                logits = writing.step(token[:, None])[:, 0]
     padding = set(range(model.num_text_tokens - length, model.num_text_tokens))
     return ids, [tokenizer.decode(row, pad_tokens=padding) for row in ids]
 
