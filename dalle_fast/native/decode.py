@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dalle_fast import _extension
+from dalle_fast.native.choose_token import TokenChoice
 from dalle_fast.native.packing import PANEL, Arena, PackedMatrix
 
 CACHE_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LANES = 16  # what a head's width is padded to
 
-_I32, _U32, _I64, _POINTER = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_void_p
+_I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
 class DecodeBranch(ctypes.Structure):
@@ -74,13 +75,6 @@ class DecodeRows(ctypes.Structure):
         ("count", _I64),
         *((name, _POINTER) for name in ("sequence", "position", "token", "back")),
         *(("wanted", _I64), ("wanted_rows", _POINTER), ("text_logits", _I32)),
-    ]
-
-
-class TokenChoice(ctypes.Structure):
-    _fields_ = [
-        *(("n_codes", _I64), ("top_k", _I64), ("temperature", ctypes.c_float), ("top_p", ctypes.c_double)),
-        *(("noise", _I32), ("stream", _U32)),
     ]
 
 

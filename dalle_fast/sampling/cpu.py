@@ -6,6 +6,8 @@ prompt more, the empty one, and a second sequence a sample behind it.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from dalle_fast import rng
 from dalle_fast.models.cache import DecodeCache
 from dalle_fast.models.checks import checked_ids
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.native.decode import DecodeDraw, TokenChoice
+from dalle_fast.native.choose_token import TokenChoice
+from dalle_fast.native.decode import DecodeDraw
 from dalle_fast.sampling.cpu_caches import ROWS_AT_ONCE, Samples, Texts, prompt_names
 from dalle_fast.sampling.eager import check_draw, check_text_step, guided, with_null_text
 from dalle_fast.sampling.filters import Filters
@@ -115,7 +118,7 @@ class CpuEngine:
             raise ValueError(f"draw: codes must be -1 or in 0..{n_codes - 1}, got larger ones.")
         draw = DecodeDraw(
             *(ordered.shape[0], count, first, self.cond_scale != 1, self.cond_scale),
-            _token_choice(filters, n_codes),
+            TokenChoice.of(n_codes, rng.Stream.IMAGE_SAMPLING, **asdict(filters)),
             *(ordered_seeds.data_ptr(), ordered.data_ptr()),
         )
         assert self._samples is not None and self._next is not None
@@ -176,10 +179,3 @@ class CpuEngine:
     def _answer(self, logits: Tensor) -> Tensor:
         """The engine's logits [sequences, ...] as the caller's [B, ...], guided."""
         return guided(logits, self.cond_scale)[self._order.argsort()]
-
-
-def _token_choice(filters: Filters, n_codes: int) -> TokenChoice:
-    return TokenChoice(
-        *(n_codes, filters.top_k or 0, filters.temperature, 1.0 if filters.top_p is None else filters.top_p),
-        *(filters.needs_noise, rng.Stream.IMAGE_SAMPLING),
-    )

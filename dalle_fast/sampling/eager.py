@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from dalle_fast import rng
 from dalle_fast.models.cache import DecodeCache
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.ops.gumbel_noise import gumbel_noise
 from dalle_fast.sampling.filters import Filters
 
-_NOISE_VALUES = 1 << 24  # noise made at once, values: bounds its memory at 64 MiB
 
-
-class _TokenLoop:
-    """Draws token by token through `step`; `_next` are the logits [B, K] behind the prefix, None where unknown."""
-
-    model: DALLE
-    _next: Tensor | None = None
-
-    def step(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @property
-    def _n_codes(self) -> int:
-        """Image codes read."""
-        raise NotImplementedError
-
-    def draw(self, codes: Tensor, first: int, count: int, filters: Filters, seeds: Tensor) -> None:
-        """Fills codes [B, R * C] at first .. first + count - 1 in place, from behind the first `first` codes.
-
-        Args:
-            codes: int64; those that are not -1 are kept, and read in their turn.
-            seeds: int64 [B], 64 bits each.
-        The engine is then behind all of them but the last of the image, which nobody reads.
-        """
-        n_image = self.model.image_seq_len
-        check_draw(codes, first, count, n_image, self._n_codes, self._next is not None)
-        any_known = (codes[:, first : first + count] >= 0).any(dim=0).tolist()
-        noises = _noise(filters, seeds, range(first, first + count), self.model.num_image_tokens)
-        for p in range(first, first + count):
-            assert self._next is not None
-            drawn = filters.choose(self._next, next(noises))
-            codes[:, p] = torch.where(codes[:, p] >= 0, codes[:, p], drawn) if any_known[p - first] else drawn
-            self._next = None
-            if p + 1 < n_image:
-                self.step(codes[:, p : p + 1])
-
-
-class EagerEngine(_TokenLoop):
+class EagerEngine:
     """Decodes with caches typed by pattern: a step reads the new tokens only.
 
     Args:
@@ -63,11 +23,8 @@ class EagerEngine(_TokenLoop):
     def __init__(self, model: DALLE, *, cond_scale: float = 1.0, max_step: int = 1, max_rollback: int = 0) -> None:
         self.model = model
         self.cond_scale = cond_scale
+        self.behind: Tensor | None = None  # logits [B, V] behind the prefix, where they are known
         self._cache = DecodeCache(model.layout, max_step=max_step, max_rollback=max_rollback)
-
-    @property
-    def _n_codes(self) -> int:
-        return self._cache.offset - self.model.layout.text_len
 
     @property
     def nbytes(self) -> int:
@@ -84,8 +41,8 @@ class EagerEngine(_TokenLoop):
         )
         text, codes = with_null_text(self.model, text, codes, self.cond_scale)
         hidden = self.model.transformer(embedded(self.model, text, codes), cache=self._cache)
-        self._next = self._logits(hidden[:, -1:])[:, 0]
-        return self._next
+        self.behind = self._logits(hidden[:, -1:])[:, 0]
+        return self.behind
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads tokens [B, M] behind the prefix: text ids while the text is not complete, then image codes.
@@ -100,13 +57,17 @@ class EagerEngine(_TokenLoop):
         else:
             hidden = self.model.transformer(self.model.embed_image(tokens, start), cache=self._cache)
         logits = self._logits(hidden)
-        self._next = logits[:, -1]
+        self.behind = logits[:, -1]
         return logits
 
     def rollback(self, n: int) -> None:
         """Takes the last n tokens back."""
         self._cache.rollback(n)
-        self._next = self._next if n == 0 else None
+        self.behind = self.behind if n == 0 else None
+
+    def draw(self, codes: Tensor, first: int, count: int, filters: Filters, seeds: Tensor) -> None:
+        """Fills codes [B, R * C] in place, see `dalle_fast.sampling.engine.Engine`."""
+        _draw(self, self._cache.offset - self.model.layout.text_len, codes, first, count, filters, seeds)
 
     def _embedded_text(self, tokens: Tensor) -> Tensor:
         start = self._cache.offset
@@ -121,16 +82,13 @@ class EagerEngine(_TokenLoop):
         return guided(logits, self.cond_scale)
 
 
-class UncachedEngine(_TokenLoop):
+class UncachedEngine:
     """The same interface, recomputing the whole sequence for every token: the proof of the cached one."""
 
     def __init__(self, model: DALLE, *, cond_scale: float = 1.0) -> None:
         self.model = model
         self.cond_scale = cond_scale
-
-    @property
-    def _n_codes(self) -> int:
-        return self._codes.shape[1]
+        self.behind: Tensor | None = None
 
     def prefill(self, text: Tensor, codes: Tensor | None = None) -> Tensor:
         self._text = text
@@ -145,14 +103,39 @@ class UncachedEngine(_TokenLoop):
         if not 0 <= n <= self._codes.shape[1]:
             raise ValueError(f"rollback: n must be in 0..{self._codes.shape[1]}, got {n}.")
         self._codes = self._codes[:, : self._codes.shape[1] - n]
-        self._next = self._next if n == 0 else None
+        self.behind = self.behind if n == 0 else None
+
+    def draw(self, codes: Tensor, first: int, count: int, filters: Filters, seeds: Tensor) -> None:
+        _draw(self, self._codes.shape[1], codes, first, count, filters, seeds)
 
     def _last_logits(self, n: int) -> Tensor:
         text, codes = with_null_text(self.model, self._text, self._codes, self.cond_scale)
         hidden = self.model.transformer(embedded(self.model, text, codes))
         logits = guided(self.model.image_logits(hidden[:, -n:]), self.cond_scale)
-        self._next = logits[:, -1]
+        self.behind = logits[:, -1]
         return logits
+
+
+def _draw(
+    engine: EagerEngine | UncachedEngine,
+    n_read: int,
+    codes: Tensor,
+    first: int,
+    count: int,
+    filters: Filters,
+    seeds: Tensor,
+) -> None:
+    """Token by token, through the engine's steps."""
+    n_image = engine.model.image_seq_len
+    check_draw(codes, first, count, n_image, n_read, engine.behind is not None)
+    any_known = (codes[:, first : first + count] >= 0).any(dim=0).tolist()
+    for p in range(first, first + count):
+        assert engine.behind is not None
+        drawn = filters.token(engine.behind, seeds, p, rng.Stream.IMAGE_SAMPLING)
+        codes[:, p] = torch.where(codes[:, p] >= 0, codes[:, p], drawn) if any_known[p - first] else drawn
+        engine.behind = None
+        if p + 1 < n_image:
+            engine.step(codes[:, p : p + 1])
 
 
 def check_text_step(start: int, n: int, text_len: int) -> None:
@@ -199,17 +182,3 @@ def guided(logits: Tensor, cond_scale: float) -> Tensor:
         return logits
     conditional, null = logits.chunk(2)
     return null + (conditional - null) * cond_scale
-
-
-def _noise(filters: Filters, seeds: Tensor, positions: range, n_codes: int) -> Iterator[Tensor | None]:
-    """Gumbel noise [B, K] of each image token: a function of seed and token alone."""
-    if not filters.needs_noise:
-        yield from (None for _ in positions)
-        return
-    batch = len(seeds)
-    together = max(1, _NOISE_VALUES // (batch * n_codes))
-    for position in torch.tensor(positions, device=seeds.device).split(together):
-        grid = gumbel_noise(
-            seeds.repeat(len(position)), position.repeat_interleave(batch), rng.Stream.IMAGE_SAMPLING, n_codes
-        )
-        yield from grid.view(len(position), batch, n_codes)

@@ -37,7 +37,13 @@ class Engine(Protocol):
         """Takes the last n tokens back."""
 
     def draw(self, codes: Tensor, first: int, count: int, filters: Filters, seeds: Tensor) -> None:
-        """Fills codes [B, R * C] in place, `count` of them from `first` on, which is how many have been read."""
+        """Fills codes [B, R * C] in place, `count` of them from `first` on, which is how many have been read.
+
+        Args:
+            codes: int64; what is not -1 is kept, and read in its turn.
+            filters: how a code is chosen.   seeds: int64 [B], 64 bits each.
+        The engine is then behind all of them but the last of the image, which nobody reads.
+        """
 
 
 def choose_engine(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dalle_fast import rng
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.ops.gumbel_noise import gumbel_noise
 from dalle_fast.sampling.engine import choose_engine, make_engine
 from dalle_fast.sampling.filters import Filters
 from dalle_fast.sampling.images import evaluating
@@ -53,7 +52,7 @@ def generate_texts(
         writing = make_engine(name, model, weight_dtype=weight_dtype)
         logits = writing.prefill(prompt)
         for i in range(len(beginning), length):
-            token = filters.choose(logits, _noise(filters, seeds, i, model, device))
+            token = filters.token(logits, seeds, i, rng.Stream.TEXT_SAMPLING)
             ids[:, i] = token
             if i + 1 < length:
                 logits = writing.step(token[:, None])[:, 0]
@@ -70,9 +69,3 @@ def _with_codec(tokenizer: Any) -> Any:
         "generate_texts: tokenizer must have encode and decode, or a .tokenizer that has, "
         f"got {type(tokenizer).__name__}."
     )
-
-
-def _noise(filters: Filters, seeds: list[int], position: int, model: DALLE, device: torch.device) -> Tensor | None:
-    if not filters.needs_noise:
-        return None
-    return gumbel_noise(seeds, torch.tensor([position], device=device), rng.Stream.TEXT_SAMPLING, model.num_text_tokens)
