@@ -88,7 +88,9 @@ class Decoding {
  public:
   explicit Decoding(Job& job) : job_(job), call_(job.call), model_(job.model), walk_(job.tickets) {
     const int64_t choosing = choose_token_scratch(call_.draw.choice.n_codes) + padded16(call_.draw.choice.n_codes);
-    scratch_ = of_tasks.take(std::max({packed_product_scratch(call_.rows.count), decode_attend_scratch(model_), choosing}));
+    const int64_t deepest = std::max({model_.dim, model_.inner(), model_.inner_ff});
+    const int64_t multiplying = packed_product_scratch(model_.weights, call_.rows.count, deepest);
+    scratch_ = of_tasks.take(std::max({multiplying, decode_attend_scratch(model_), choosing}));
   }
 
   void run() {
@@ -216,7 +218,11 @@ class Decoding {
   void product(const PackedMatrix& matrix, Epilogue epilogue, int64_t count, const DecodeRowsOf& x, const DecodeRowsOf& out,
                const float* scale = nullptr) {
     const PackedProduct op{&matrix, model_.weights, epilogue, count, x.data, x.stride, out.data, out.stride, scale};
-    walk_.phase(count == 0 ? 0 : panels_of(matrix.width), [&](int64_t panel) { packed_product_panel(op, panel, scratch_); });
+    bool begun = false;
+    walk_.phase(count == 0 ? 0 : panels_of(matrix.width), [&](int64_t panel) {
+      if (!begun) packed_product_begin(op, scratch_), begun = true;
+      packed_product_panel(op, panel, scratch_);
+    });
   }
 
   Job& job_;
@@ -245,7 +251,8 @@ int32_t dalle_fast_decode(const dalle_fast::Decode* call) {
 int32_t dalle_fast_packed_product(const dalle_fast::PackedProduct* op) {
   using namespace dalle_fast;
   return parallel_tasks(panels_of(op->matrix->width), [&](auto next) {
-    float* const scratch = of_tasks.take(packed_product_scratch(op->rows));
+    float* const scratch = of_tasks.take(packed_product_scratch(op->element, op->rows, op->matrix->depth));
+    packed_product_begin(*op, scratch);
     for (int64_t panel; (panel = next()) >= 0;) packed_product_panel(*op, panel, scratch);
   });
 }

@@ -145,7 +145,7 @@ struct Bench {
   template <class Panel>
   void multiply(const float* x, int64_t stride, const void* panel, int64_t depth, int64_t first, int64_t columns, int64_t count,
                 float* to, int64_t to_stride) const {
-    multiply_panel<Panel>(x, stride, panel, nullptr, depth, static_cast<int>(columns), count, totals);
+    multiply_panel<Panel>(x, stride, panel, depth, static_cast<int>(columns), count, totals);
     for (int64_t i = 0; i < count; ++i) memcpy(to + i * to_stride + first, totals + i * kPanel, sizeof(float) * columns);
   }
 };

@@ -28,25 +28,6 @@ struct BFloat16Panel {
   }
 };
 
-struct Int8Panel {
-  static constexpr int kSteps = 1;
-  static constexpr int kBytes = 1;
-  static Vec load(const void* panel, int64_t k, int, int column) {
-    const int8_t* from = static_cast<const int8_t*>(panel) + k * kPanel + column;
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
-#elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-#else
-    Vec x;
-    for (int i = 0; i < kWidth; ++i) x[i] = from[i];
-    return x;
-#endif
-  }
-};
-
 // Rows that a panel of this depth takes in memory.
 template <class Panel>
 constexpr int64_t panel_rows(int64_t depth) {
@@ -70,7 +51,6 @@ struct PanelChunk {
   const float* x;  // of the first row, at the chunk's first step
   int64_t stride;
   const void* panel;
-  const float* scales;  // of the chunk, or null
   int64_t first, steps;
   const char* ahead;  // memory that is wanted next
 };
@@ -83,7 +63,7 @@ static inline void fetch(const char* line) {
 #endif
 }
 
-// totals [kRows, kPanel] += (the chain of a chunk's terms) * scales, for kVectors vectors of columns from `column` on.
+// totals [kRows, kPanel] += the chain of a chunk's terms, for kVectors vectors of columns from `column` on.
 template <class Panel, int kRows, int kVectors>
 static inline void add_chain(const PanelChunk& chunk, int column, float* totals) {
   Vec sum[kRows][kVectors] = {};
@@ -108,8 +88,7 @@ static inline void add_chain(const PanelChunk& chunk, int column, float* totals)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       float* to = totals + i * kPanel + column + v * kWidth;
-      const Vec factor = chunk.scales == nullptr ? broadcast(1.0f) : load(chunk.scales + column + v * kWidth);
-      store(to, multiply_add(sum[i][v], factor, load(to)));
+      store(to, load(to) + sum[i][v]);
     }
   }
 }
@@ -135,29 +114,16 @@ static inline void add_chains_of_rows(int64_t rows, PanelChunk& chunk, int colum
 // totals [rows, kPanel] = x [rows, depth] times the first `columns` (a multiple of 16) of a panel. x holds a zero behind an odd
 // depth. Rows pass over a chunk while it lies in the nearest caches, and fetch the next one.
 template <class Panel>
-static inline void multiply_panel(const float* x, int64_t stride, const void* panel, const float* scales, int64_t depth, int columns,
-                                  int64_t rows, float* totals) {
+static inline void multiply_panel(const float* x, int64_t stride, const void* panel, int64_t depth, int columns, int64_t rows,
+                                  float* totals) {
   clear(totals, rows * kPanel);
   for (int64_t first = 0; first < depth; first += kChunk) {
-    PanelChunk chunk{x + first, stride, panel, scales, first, depth - first < kChunk ? depth - first : kChunk,
+    PanelChunk chunk{x + first, stride, panel, first, depth - first < kChunk ? depth - first : kChunk,
                      static_cast<const char*>(panel) + (first + kChunk) * kPanel * Panel::kBytes};
-    if (scales != nullptr) chunk.scales += first / kChunk * kPanel;
     for (int64_t row = 0; row < rows; row += kMostRows) {
       add_chains_of_rows<Panel>(rows - row < kMostRows ? rows - row : kMostRows, chunk, columns, totals + row * kPanel);
       chunk.x += kMostRows * stride;
     }
-  }
-}
-
-template <class Function>
-static inline void with_panel(PackedElement element, const Function& function) {
-  switch (element) {
-    case PackedElement::float32:
-      return function(Float32Panel{});
-    case PackedElement::bfloat16:
-      return function(BFloat16Panel{});
-    case PackedElement::int8:
-      return function(Int8Panel{});
   }
 }
 

@@ -1,7 +1,7 @@
 // Products with packed matrices for one instruction set. Floor: a step with few rows reads every weight once (memory bounds it),
 // one with many does 2 operations a weight and row.
 #include "gelu.h"
-#include "packed_panel.h"
+#include "packed_int8.h"
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
@@ -55,15 +55,40 @@ void add_columns(const PackedProduct& op, int64_t panel, const float* totals) {
 
 }  // namespace
 
-void packed_product_panel(const PackedProduct& op, int64_t panel, float* totals) {
+void packed_product_begin(const PackedProduct& op, float* scratch) {
+  if (op.element != PackedElement::int8) return;
+  const RoundedRows rounded(op, scratch);
+  for (int64_t row = 0; row < op.rows; ++row) {
+    round_row(op.x + row * op.x_stride, op.matrix->depth, rounded.numbers + row * rounded.stride,
+              rounded.factors + row * rounded.chunks);
+  }
+}
+
+void packed_product_panel(const PackedProduct& op, int64_t panel, float* scratch) {
   const PackedMatrix& matrix = *op.matrix;
-    with_panel(op.element, [&](auto kind) {
+  float* const totals = scratch;
+  const auto weights = [&](auto kind) {
     using Panel = decltype(kind);
-    const int64_t chunks = (matrix.depth + kChunk - 1) / kChunk;
-    const char* weights = static_cast<const char*>(matrix.panels) + panel * panel_rows<Panel>(matrix.depth) * kPanel * Panel::kBytes;
-    const float* scales = matrix.scales == nullptr ? nullptr : matrix.scales + panel * chunks * kPanel;
-    multiply_panel<Panel>(op.x, op.x_stride, weights, scales, matrix.depth, kPanel, op.rows, totals);
-  });
+    return static_cast<const char*>(matrix.panels) + panel * panel_rows<Panel>(matrix.depth) * kPanel * Panel::kBytes;
+  };
+  switch (op.element) {
+    case PackedElement::float32:
+      multiply_panel<Float32Panel>(op.x, op.x_stride, weights(Float32Panel{}), matrix.depth, kPanel, op.rows, totals);
+      break;
+    case PackedElement::bfloat16:
+      multiply_panel<BFloat16Panel>(op.x, op.x_stride, weights(BFloat16Panel{}), matrix.depth, kPanel, op.rows, totals);
+      break;
+    case PackedElement::int8: {
+      const int8_t* integers = static_cast<const int8_t*>(matrix.panels) + panel * ((matrix.depth + 1) / 2 * 2) * kPanel;
+      const float* scales = matrix.scales + panel * chunks_of(matrix.depth) * kPanel;
+      const RoundedRows rounded(op, scratch);
+      if (fuses_pairs()) {
+        multiply_int8_panel<true>(rounded, integers, scales, matrix.depth, op.rows, totals);
+      } else {
+        multiply_int8_panel<false>(rounded, integers, scales, matrix.depth, op.rows, totals);
+      }
+    }
+  }
   add_bias(matrix, panel, op.rows, totals);
   switch (op.epilogue) {
     case Epilogue::store:

@@ -102,7 +102,7 @@ class Packed:
     """A matrix in panels, and the tensors that its structure points into.
 
     Attributes:
-        panels: float32, int8: [panels, depth, 64]; bfloat16: [panels, ceil(depth / 2), 64, 2].
+        panels: float32: [panels, depth, 64]; bfloat16, int8: [panels, ceil(depth / 2), 64, 2].
         scales: float32 [panels, ceil(depth / 128), 64] of int8, else None.
         bias: float32 [panels * 64], or None.
     """
@@ -132,7 +132,8 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, arena: Arena) 
         panels = arena.take(dtype, n_panels, pairs.shape[2], PANEL, 2).copy_(pairs.transpose(1, 2))
     else:
         rounded, factors = _rounded_to_int8(columns.transpose(1, 2).float())
-        panels = arena.take(dtype, *rounded.shape).copy_(rounded)
+        pairs = F.pad(rounded, (0, 0, 0, depth % 2)).unflatten(1, (-1, 2))  # [panels, depth / 2, 2, 64]
+        panels = arena.take(dtype, n_panels, pairs.shape[1], PANEL, 2).copy_(pairs.transpose(2, 3))
         scales = arena.put(factors)
     return Packed(panels, scales, None if bias is None else _padded_bias(bias, n_panels, arena), depth, width)
 
