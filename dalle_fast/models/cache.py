@@ -136,6 +136,8 @@ class DecodeCache:
 
     def check_step(self, n: int, length: int) -> None:
         """Raises ValueError where n more positions do not fit behind the prefix."""
+        if n < 1:
+            raise ValueError(f"cache: a step must add at least 1 position, got {n}.")
         if self.offset > 0 and n > self.max_step:
             raise ValueError(f"cache: a step must add at most max_step={self.max_step} positions, got {n}.")
         if self.offset + n > length:
