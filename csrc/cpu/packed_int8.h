@@ -98,6 +98,7 @@ static inline void add_integers(const RoundedRows& x, int64_t row, const int8_t*
   const int16_t* numbers = x.numbers + row * x.stride + first;
   const int8_t* weights = panel + first * kPanel + 2 * column;
   for (int64_t k = 0; k < steps; k += 2) {
+    if (kRows < kMostRows) fetch_bytes(weights + k * kPanel + kAhead, 2 * kVectors * kWidth);
     VecS right[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) right[v] = widen_pairs(weights + k * kPanel + 2 * v * kWidth);
