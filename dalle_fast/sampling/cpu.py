@@ -17,7 +17,7 @@ from dalle_fast.models.checks import checked_ids
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.native.choose_token import TokenChoice
 from dalle_fast.native.decode import DecodeDraw
-from dalle_fast.sampling.cpu_caches import ROWS_AT_ONCE, Samples, Texts, prompt_names
+from dalle_fast.sampling.cpu_caches import ROWS_AT_ONCE, Samples, Texts, Workspace, prompt_names
 from dalle_fast.sampling.eager import check_draw, check_text_step, guided, with_null_text
 from dalle_fast.sampling.filters import Filters
 from dalle_fast.sampling.packed import PackedDALLE, packed, weight_dtype_of
@@ -51,6 +51,7 @@ class CpuEngine:
         self._weight_dtype = weight_dtype_of(model, weight_dtype)
         self._layout = model.layout
         self._place = DecodeCache(model.layout, max_step=max_step, max_rollback=max_rollback)  # counts, holds nothing
+        self._workspace = Workspace()
         self._texts: Texts | None = None
         self._samples: Samples | None = None
         self._next: Tensor | None = None  # [sequences, K]: logits behind the prefix, in the engine's order
@@ -69,7 +70,10 @@ class CpuEngine:
             raise ValueError(f"prefill: codes must follow a text of {self._layout.text_len} tokens, got {n_text}.")
         if text.shape[0] == 0:
             raise ValueError("prefill: text must hold at least one prompt, got none.")
+        if codes is not None and len(codes) != len(text):
+            raise ValueError(f"prefill: codes must be [B={len(text)}, m], one row a text, got {list(codes.shape)}.")
         text = checked_ids(text, self.model.num_text_tokens, "text ids")
+        codes = None if codes is None else checked_ids(codes, self.model.num_image_tokens, "image codes")
         model = packed(self.model, self._weight_dtype)
         self._place = place
         self._read_texts(model, text)
@@ -79,14 +83,15 @@ class CpuEngine:
         assert self._texts is not None
         self._next = self._texts.logits[self._prompt_of]
         if codes is not None and n_codes:
-            self._read_codes(self._by_sequence(checked_ids(codes, self.model.num_image_tokens, "image codes")))
+            self._read_codes(self._by_sequence(codes))
         return self._answer(self._next)
 
     def step(self, tokens: Tensor) -> Tensor:
         """As `EagerEngine.step`; float32."""
+        self._check_batch("step", "tokens", tokens)
         n, start = tokens.shape[1], self._place.offset - self._layout.text_len
         self._place.check_step(n, self._layout.length)
-        assert self._texts is not None and self._samples is not None  # prefill comes first
+        assert self._texts is not None and self._samples is not None
         if start >= 0:
             tokens = checked_ids(tokens, self.model.num_image_tokens, "image codes")
             logits = self._samples.read(self._by_sequence(tokens), start, last_only=False)
@@ -111,10 +116,13 @@ class CpuEngine:
 
     def draw(self, codes: Tensor, first: int, count: int, filters: Filters, seeds: Tensor) -> None:
         """As `EagerEngine.draw`, in one call."""
+        self._check_batch("draw", "codes", codes)
         n_image, n_codes = self._layout.n_image, self.model.num_image_tokens
         check_draw(codes, first, count, n_image, self._place.offset - self._layout.text_len, self._next is not None)
+        if count == 0:
+            return
         ordered, ordered_seeds = codes[self._order].contiguous(), seeds[self._order].contiguous()
-        if int(ordered[:, first : first + count].max()) >= n_codes:
+        if (ordered[:, first : first + count] >= n_codes).any():
             raise ValueError(f"draw: codes must be -1 or in 0..{n_codes - 1}, got larger ones.")
         draw = DecodeDraw(
             *(ordered.shape[0], count, first, self.cond_scale != 1, self.cond_scale),
@@ -129,6 +137,15 @@ class CpuEngine:
         if ended:
             self._next = None
 
+    def _check_batch(self, call: str, name: str, tokens: Tensor) -> None:
+        """Raises ValueError before the first prefill, and where `tokens` are not those of its samples."""
+        if self._texts is None:
+            raise ValueError(f"{call}: nothing has been read. Call prefill before.")
+        if tokens.dim() != 2 or len(tokens) != len(self._order):
+            raise ValueError(
+                f"{call}: {name} must be [B={len(self._order)}, M], the samples of prefill, got {list(tokens.shape)}."
+            )
+
     # -------------------------------------------------------------------------------------------- parts of a prefill
 
     def _read_texts(self, model: PackedDALLE, text: Tensor) -> None:
@@ -137,7 +154,7 @@ class CpuEngine:
         text, _ = with_null_text(self.model, text, None, self.cond_scale)
         if text.shape[1] < self._layout.text_len:  # each will go on its own way
             model.pack_text_head(self.model)
-            self._texts = Texts(model, text, {}, self._place.slack)
+            self._texts = Texts(model, text, {}, self._place.slack, self._workspace)
             self._order, self._prompt_of = torch.arange(batch), torch.arange(len(text))
             return
         distinct, which = text.unique(dim=0, return_inverse=True)
@@ -147,7 +164,7 @@ class CpuEngine:
             known = {name: prompt for name, prompt in model.prompts.items() if name in names}
             known |= {} if kept is None else {name: kept.prompt(name) for name in names if name in kept.index}
             kept = self._texts = None  # before their successors take their memory
-            kept = self._texts = Texts(model, distinct, known, self._place.slack)
+            kept = self._texts = Texts(model, distinct, known, self._place.slack, self._workspace)
         self._order = which[:batch].argsort(stable=True)
         self._prompt_of = torch.tensor([kept.index[name] for name in names])[which]
         self._prompt_of = torch.cat((self._prompt_of[self._order], self._prompt_of[batch:]))
@@ -159,7 +176,7 @@ class CpuEngine:
         n, samples = len(self._prompt_of), self._samples
         if samples is None or samples.model is not model or samples.slack != slack or samples.room < n:
             samples = self._samples = None  # before their successors take their memory
-            samples = self._samples = Samples(model, slack, n)
+            samples = self._samples = Samples(model, slack, n, self._workspace)
         assert self._texts is not None
         samples.begin(self._texts, self._prompt_of)
 

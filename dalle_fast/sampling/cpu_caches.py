@@ -16,6 +16,24 @@ from dalle_fast.sampling.packed import PackedDALLE, ReadPrompt
 ROWS_AT_ONCE = 512  # of texts, and of known codes, that one call reads: bounds its workspace
 
 
+class Workspace:
+    """Activations of calls, one after the other: memory for the call of most rows."""
+
+    def __init__(self) -> None:
+        self._memory, self._rows = torch.empty(0), 0
+
+    def of(self, model: DecodeModel, rows: int) -> Tensor:
+        """For a call with this many rows."""
+        if rows != self._rows:  # it is laid out by the number of rows, with zeros between them
+            floats = decode.workspace_floats(model, rows)
+            if floats > len(self._memory):
+                self._memory = torch.zeros(floats)
+            else:
+                self._memory[:floats].zero_()
+            self._rows = rows
+        return self._memory
+
+
 class Texts:
     """Keys and values of prompts, and the logits behind each. Complete texts are shared, others go on by themselves.
 
@@ -24,11 +42,14 @@ class Texts:
         texts: [P, n] ids, `<bos>` first; distinct where complete.
         known: some of them, read before.
         slack: longest step - 1 + longest rollback.
+        workspace: of the engine.
     """
 
-    def __init__(self, model: PackedDALLE, texts: Tensor, known: Mapping[bytes, ReadPrompt], slack: int) -> None:
+    def __init__(
+        self, model: PackedDALLE, texts: Tensor, known: Mapping[bytes, ReadPrompt], slack: int, workspace: Workspace
+    ) -> None:
         n = texts.shape[1]
-        self.model = model
+        self.model, self._workspace = model, workspace
         self.shared = n == model.layout.text_len
         at_once = max(1, ROWS_AT_ONCE // n)
         self._ring_slots = 2 + max(slack, n - 1 + slack)
@@ -76,7 +97,7 @@ class Texts:
         layers = layer_caches(text, [], rings, [], self.keys.shape[0])
         none = torch.zeros(1, dtype=torch.long)
         caches = _caches(layers, none, self._ring_slots, 0)
-        decode.run(model, caches, rows, logits, _workspace(model, k * m))
+        decode.run(model, caches, rows, logits, self._workspace.of(model, k * m))
         return logits
 
 
@@ -87,17 +108,17 @@ class Samples:
         model: as of the texts.
         slack: longest call - 1 + longest rollback, in image tokens.
         room: sequences there is memory for.
+        workspace: of the engine.
     """
 
-    def __init__(self, model: PackedDALLE, slack: int, room: int) -> None:
-        self.model, self.slack, self.room = model, slack, room
+    def __init__(self, model: PackedDALLE, slack: int, room: int, workspace: Workspace) -> None:
+        self.model, self.slack, self.room, self._workspace = model, slack, room, workspace
         self._structure = model.structure(slack)
         self._ring_slots = model.layout.grid_cols + 1 + slack
         sizes = model.sizes(slack)
         (self._image, self._rings), self._arena = in_arena(
             lambda arena: (sizes.image(room, arena), sizes.shift(room, self._ring_slots, True, arena))
         )
-        self._workspace, self._room_for, self._rows = torch.empty(0), 0, 0
         self._fresh = True
 
     @property
@@ -121,21 +142,15 @@ class Samples:
         sequence, position = torch.arange(s)[:, None].expand(s, m), torch.arange(first, first + m).expand(s, m)
         rows = Rows(sequence, position, tokens, last_only=last_only)
         logits = torch.empty(rows.wanted, self.model.n_codes)
-        decode.run(self._structure, self._caches, rows, logits, self._space(s * m))
+        decode.run(self._structure, self._caches, rows, logits, self._workspace.of(self._structure, s * m))
         return logits
 
     def draw(self, draw: DecodeDraw, logits: Tensor) -> None:
         """Draws from logits [S, K] behind the prefix; leaves those behind what was drawn."""
         rows = Rows.to_draw(logits.shape[0])
-        decode.run(self._structure, self._caches, rows, logits, self._space(logits.shape[0]), draw)
-
-    def _space(self, rows: int) -> Tensor:
-        if rows > self._room_for:
-            self._workspace, self._room_for = _workspace(self._structure, rows), rows
-        elif rows != self._rows:  # the C++ engine lays it out by the number of rows, and wants zeros between them
-            self._workspace.zero_()
-        self._rows = rows
-        return self._workspace
+        decode.run(
+            self._structure, self._caches, rows, logits, self._workspace.of(self._structure, logits.shape[0]), draw
+        )
 
 
 def prompt_names(texts: Tensor) -> list[bytes]:
@@ -148,7 +163,3 @@ def _caches(
 ) -> DecodeCaches:
     pointer = ctypes.cast(layers, ctypes.POINTER(DecodeLayerCache))
     return DecodeCaches(pointer, prompt_of.data_ptr(), text_slots, image_slots)
-
-
-def _workspace(model: DecodeModel, rows: int) -> Tensor:
-    return torch.zeros(decode.workspace_floats(model, rows))

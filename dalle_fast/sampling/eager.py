@@ -149,7 +149,7 @@ def check_text_step(start: int, n: int, text_len: int) -> None:
 def check_draw(codes: Tensor, first: int, count: int, n_image: int, n_read: int, has_logits: bool) -> None:
     """Raises ValueError where an engine behind n_read codes cannot draw these."""
     if codes.dtype != torch.int64 or codes.dim() != 2 or codes.shape[1] != n_image:
-        raise ValueError(f"draw: codes must be int64 [B, {n_image}], got {codes.dtype} {list(codes.shape)}.")
+        raise ValueError(f"draw: codes must be [B, {n_image}] of int64, got {list(codes.shape)} of {codes.dtype}.")
     if first != n_read or not has_logits:
         raise ValueError(
             f"draw: first must be the number of codes read, {n_read}, with their logits known, got {first}. "
