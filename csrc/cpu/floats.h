@@ -96,14 +96,21 @@ static inline Vec where_bits(uint64_t bits, Vec value, Vec otherwise) {
 #endif
 }
 
-// The sum, and the largest, of all lanes, by halves.
+// The sum of all lanes, by halves: lane i and lane i + kWidth / 2, and so on.
 static inline float sum_of_lanes(Vec x) {
-  float lane[kWidth];
-  store(lane, x);
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  typedef float V4 __attribute__((vector_size(16)));
+  V4 quarter;
+#if defined(__AVX512F__)
+  const __m512 whole = reinterpret_cast<__m512>(x);
+  const __m256 half = _mm512_castps512_ps256(whole) + _mm512_extractf32x8_ps(whole, 1);
+  quarter = reinterpret_cast<V4>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m256 half = reinterpret_cast<__m256>(x);
+  quarter = reinterpret_cast<V4>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+  quarter = x;
+#endif
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 static inline float max_of_lanes(Vec x) {

@@ -115,19 +115,40 @@ static inline void add_chains_of_rows(int64_t rows, PanelChunk& chunk, int colum
   if constexpr (kRows > 1) add_chains_of_rows<Panel, kRows - 1>(rows, chunk, columns, totals);
 }
 
+// totals [rows, kPanel] += a chunk's chains, of any number of rows.
+template <class Panel>
+static inline void add_chunk(PanelChunk chunk, int columns, int64_t rows, float* totals) {
+  for (int64_t row = 0; row < rows; row += kMostRows) {
+    add_chains_of_rows<Panel>(rows - row < kMostRows ? rows - row : kMostRows, chunk, columns, totals + row * kPanel);
+    chunk.x += kMostRows * chunk.stride;
+  }
+}
+
 // totals [rows, kPanel] = x [rows, depth] times the first `columns` (a multiple of 16) of a panel. x holds a zero behind an odd
-// depth. Rows pass over a chunk while it lies in the nearest caches, and fetch the next one.
+// depth. Rows pass over a chunk while it lies in the nearest caches, and fetch the next one; many rows over its float32 copy.
 template <class Panel>
 static inline void multiply_panel(const float* x, int64_t stride, const void* panel, int64_t depth, int columns, int64_t rows,
                                   float* totals) {
+  constexpr int64_t kManyRows = 48;  // with 32 the copy costs what it saves
+  const bool copies = Panel::kSteps > 1 && rows >= kManyRows;
+  alignas(64) float copy[Panel::kSteps > 1 ? kChunk * kPanel : kPanel];
   clear(totals, rows * kPanel);
   for (int64_t first = 0; first < depth; first += kChunk) {
     PanelChunk chunk{x + first, stride, panel, first, depth - first < kChunk ? depth - first : kChunk,
                      static_cast<const char*>(panel) + (first + kChunk) * kPanel * Panel::kBytes};
-    for (int64_t row = 0; row < rows; row += kMostRows) {
-      add_chains_of_rows<Panel>(rows - row < kMostRows ? rows - row : kMostRows, chunk, columns, totals + row * kPanel);
-      chunk.x += kMostRows * stride;
+    if (!copies) {
+      add_chunk<Panel>(chunk, columns, rows, totals);
+      continue;
     }
+    for (int64_t k = 0; k < chunk.steps; k += Panel::kSteps) {
+      for (int step = 0; step < Panel::kSteps; ++step) {
+        for (int column = 0; column < kPanel; column += kWidth) {
+          store(copy + (k + step) * kPanel + column, Panel::load(panel, first + k, step, column));
+        }
+      }
+    }
+    chunk.panel = copy, chunk.first = 0;
+    add_chunk<Float32Panel>(chunk, columns, rows, totals);
   }
 }
 
