@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "decode_case.h"
 #include "exports.h"
 
 namespace {
@@ -161,9 +162,44 @@ void drive_gumbel_codebook(int64_t features, int64_t codes, int64_t dim, dalle_f
   for (int64_t code : noisy) expect(code >= 0 && code < codes, "chosen codes exist");
 }
 
+void drive_decode(dalle_fast::PackedElement weights, int options) {
+  DecodeCase one(weights, options);
+  const std::vector<int64_t> alone = one.draw(1, 1), beside = one.draw(13, 3);
+  expect(!alone.empty() && !beside.empty(), "decode");
+  for (size_t i = 0; i < beside.size(); ++i) {
+    expect(beside[i] >= 0 && beside[i] < DecodeCase::kCodes, "drawn codes exist");
+    expect(beside[i] == alone[i % alone.size()], "a sample beside others is what it is alone");
+  }
+}
+
+void drive_packed_product(int64_t rows, int64_t depth, int64_t width, dalle_fast::Epilogue epilogue) {
+  using namespace dalle_fast;
+  const int64_t stride = (depth + 15) / 16 * 16, columns = epilogue == Epilogue::gate ? width / 2 : width;
+  std::vector<float> panels(panels_of(width) * depth * kPanel, 0.5f), bias(panels_of(width) * kPanel, 1.0f), scale(width, 1.0f);
+  std::vector<float> x(rows * stride, 1.0f), out(rows * columns, 1.0f);
+  const PackedMatrix matrix{panels.data(), nullptr, bias.data(), depth, width};
+  const PackedProduct op{&matrix, PackedElement::float32, epilogue, rows, x.data(), stride, out.data(), columns, scale.data()};
+  expect(dalle_fast_packed_product(&op) == 0, "packed_product");
+  const float y = 0.5f * static_cast<float>(depth) + 1.0f;
+  const float wanted = epilogue == Epilogue::store ? y : epilogue == Epilogue::residual ? y + 1.0f : y * y;  // gelu(y) = y from 6 on
+  for (float got : out) expect(std::fabs(got - wanted) <= 1e-5f * wanted, "packed_product");
+}
+
+void drive_digest() {
+  std::vector<char> data(200001, 3);
+  uint64_t before = 0, after = 0;
+  expect(dalle_fast_digest(data.data(), static_cast<int64_t>(data.size()), &before) == 0, "digest");
+  for (size_t at : {size_t{0}, size_t{65536}, data.size() - 1}) {
+    data[at] ^= 1;
+    expect(dalle_fast_digest(data.data(), static_cast<int64_t>(data.size()), &after) == 0 && after != before, "a digest sees a bit");
+    data[at] ^= 1;
+  }
+}
+
 }  // namespace
 
 int main() {
+  drive_digest();
   for (dalle_fast::ParallelFor parallel_for : {dalle_fast::ParallelFor{nullptr}, dalle_fast::ParallelFor{pool}}) {
     dalle_fast_set_parallel_for(parallel_for);
     for (int32_t isa = 0; dalle_fast_isa_supported(isa); ++isa) {
@@ -183,6 +219,12 @@ int main() {
                                   static_cast<dalle_fast::Choice>(choice), sizes == 1, choice == sizes);
           }
         }
+      }
+      for (int32_t element : {0, 1, 2}) {
+        for (int options = 0; options < 16; ++options) drive_decode(static_cast<dalle_fast::PackedElement>(element), options);
+      }
+      for (int32_t epilogue : {0, 1, 2}) {
+        for (int64_t rows : {1, 7, 50}) drive_packed_product(rows, 129, 70, static_cast<dalle_fast::Epilogue>(epilogue));
       }
       for (int64_t width : {1, 6, 16, 33, 64}) {
         for (int32_t element : {0, 1, 2}) {
