@@ -10,7 +10,7 @@ import ctypes
 import enum
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
 
@@ -59,15 +59,19 @@ class Arena:
 
     def __init__(self, nbytes: int | None) -> None:
         self._memory = None if nbytes is None else _huge_pages(nbytes)
-        self.device = "meta" if nbytes is None else "cpu"
         self.used = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has no memory: what it hands out cannot be filled."""
+        return self._memory is None
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Zeros of this shape; on the device "meta" where the arena only counts."""
         start, size = self.used, prod(shape) * dtype.itemsize
         self.used += -(-size // _ALIGNMENT) * _ALIGNMENT
         if self._memory is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
+            return torch.empty(shape, dtype=dtype, device="meta")
         return self._memory[start : start + size].view(dtype).view(shape)
 
     def clear(self) -> None:
@@ -77,7 +81,8 @@ class Arena:
 
     def put(self, values: Tensor) -> Tensor:
         """The values as float32."""
-        return self.take(torch.float32, *values.shape).copy_(values.detach())
+        taken = self.take(torch.float32, *values.shape)
+        return taken if self.counts else taken.copy_(values.detach())
 
 
 def in_arena(make: Callable[[Arena], T]) -> tuple[T, Arena]:
@@ -121,28 +126,39 @@ class Packed:
 def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, arena: Arena) -> Packed:
     """A Linear's weight [width, depth] and bias [width], as panels of float32, bfloat16 or int8."""
     width, depth = weight.shape
-    weight = weight.detach().to(arena.device)
     n_panels = -(-width // PANEL)
-    columns = F.pad(weight, (0, 0, 0, n_panels * PANEL - width)).unflatten(0, (n_panels, PANEL))  # [panels, 64, depth]
-    scales = None
-    if dtype == torch.float32:
-        panels = arena.take(dtype, n_panels, depth, PANEL).copy_(columns.transpose(1, 2))
-    elif dtype == torch.bfloat16:
-        pairs = F.pad(columns.to(dtype), (0, depth % 2)).unflatten(2, (-1, 2))  # [panels, 64, depth / 2, 2]
-        panels = arena.take(dtype, n_panels, pairs.shape[2], PANEL, 2).copy_(pairs.transpose(1, 2))
-    else:
-        rounded, factors = _rounded_to_int8(columns.transpose(1, 2).float())
-        pairs = F.pad(rounded, (0, 0, 0, depth % 2)).unflatten(1, (-1, 2))  # [panels, depth / 2, 2, 64]
-        panels = arena.take(dtype, n_panels, pairs.shape[1], PANEL, 2).copy_(pairs.transpose(2, 3))
-        scales = arena.put(factors)
-    return Packed(panels, scales, None if bias is None else _padded_bias(bias, n_panels, arena), depth, width)
+    in_pairs = (depth, PANEL) if dtype == torch.float32 else (-(-depth // 2), PANEL, 2)
+    packed = Packed(
+        arena.take(dtype, n_panels, *in_pairs),
+        arena.take(torch.float32, n_panels, -(-depth // CHUNK), PANEL) if dtype == torch.int8 else None,
+        None if bias is None else arena.take(torch.float32, n_panels * PANEL),
+        *(depth, width),
+    )
+    if not arena.counts:
+        _fill(packed, weight.detach(), None if bias is None else bias.detach())
+    return packed
 
 
 def pack_gated(weight: Tensor, bias: Tensor, dtype: torch.dtype, arena: Arena) -> Packed:
     """The Linear before a GEGLU, [2 F, depth], values before gates: panels hold 32 values, then their 32 gates."""
-    weight, bias = weight.detach().to(arena.device), bias.detach().to(arena.device)
-    packed = pack(_interleaved(weight), _interleaved(bias[:, None])[:, 0], dtype, arena)
-    return Packed(packed.panels, packed.scales, packed.bias, packed.depth, weight.shape[0])
+    width = weight.shape[0]
+    if not arena.counts:
+        weight, bias = _interleaved(weight.detach()), _interleaved(bias.detach()[:, None])[:, 0]
+    return replace(pack(weight, bias, dtype, arena), width=width)
+
+
+def _fill(packed: Packed, weight: Tensor, bias: Tensor | None) -> None:
+    n_panels, depth = packed.panels.shape[0], packed.depth
+    rows = F.pad(weight, (0, 0, 0, n_panels * PANEL - packed.width)).unflatten(0, (n_panels, PANEL)).transpose(1, 2)
+    if packed.scales is not None:
+        rows = _rounded_to_int8(rows.float(), packed.scales)
+    if packed.panels.dim() == 4:
+        pairs = F.pad(rows.to(packed.panels.dtype), (0, 0, 0, depth % 2)).unflatten(1, (-1, 2))
+        packed.panels.copy_(pairs.transpose(2, 3))  # [panels, depth / 2, 64, 2]
+    else:
+        packed.panels.copy_(rows)
+    if packed.bias is not None and bias is not None:
+        packed.bias[: len(bias)] = bias
 
 
 def product(x: Tensor, packed: Packed, epilogue: Epilogue, out: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -159,13 +175,12 @@ def product(x: Tensor, packed: Packed, epilogue: Epilogue, out: Tensor, scale: T
     return out
 
 
-def _rounded_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [panels, depth, 64] and scales [panels, chunks, 64]: of each column and chunk the largest becomes 127."""
-    depth = rows.shape[1]
-    chunks = F.pad(rows, (0, 0, 0, -depth % CHUNK)).unflatten(1, (-1, CHUNK))  # [panels, chunks, 128, 64]
-    scales = chunks.abs().amax(dim=2, keepdim=True) / _INT8_MOST
-    rounded = (chunks / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
-    return rounded.flatten(1, 2)[:, :depth], scales[:, :, 0]
+def _rounded_to_int8(rows: Tensor, scales: Tensor) -> Tensor:
+    """rows [panels, depth, 64] as int8; into scales [panels, chunks, 64] what 127 of a column and chunk stands for."""
+    chunks = F.pad(rows, (0, 0, 0, -rows.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))  # [panels, chunks, 128, 64]
+    torch.div(chunks.abs().amax(dim=2), _INT8_MOST, out=scales)
+    divisors = scales.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
+    return (chunks / divisors).round().to(torch.int8).flatten(1, 2)[:, : rows.shape[1]]
 
 
 def _interleaved(halves: Tensor) -> Tensor:
@@ -174,7 +189,3 @@ def _interleaved(halves: Tensor) -> Tensor:
     n_panels = -(-2 * half // PANEL)
     both = F.pad(halves.unflatten(0, (2, half)), (0, 0, 0, n_panels * PANEL // 2 - half))  # [2, panels * 32, depth]
     return both.unflatten(1, (n_panels, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def _padded_bias(bias: Tensor, n_panels: int, arena: Arena) -> Tensor:
-    return arena.put(F.pad(bias, (0, n_panels * PANEL - bias.shape[0])))

@@ -154,7 +154,9 @@ class PackedDALLE:
         return self._keep(self._linears[id(linear)])
 
     def _table(self, table: Tensor) -> DecodeTable:
-        copy = self._arena.take(table.dtype, *table.shape).copy_(table.detach())
+        copy = self._arena.take(table.dtype, *table.shape)
+        if not self._arena.counts:
+            copy.copy_(table.detach())
         self._kept.append(copy)
         return DecodeTable(copy.data_ptr(), decode.CACHE_ELEMENTS[table.dtype])
 
