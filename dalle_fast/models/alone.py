@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+_REDUCED = (torch.bfloat16, torch.float16)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -54,6 +55,12 @@ def in_float32(module: _Module) -> _Module:
     return twin
 
 
+def rounded(twin: nn.Module, x: Tensor) -> Tensor:
+    """twin(x) of a twin in float32, in the dtype of a 16-bit x."""
+    y: Tensor = twin(widened(x))
+    return y.to(x.dtype) if x.dtype in _REDUCED else y
+
+
 def widened(x: Tensor | None) -> Tensor | None:
     """x in float32 if it is bfloat16 or float16, else x itself."""
-    return x.float() if x is not None and x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x is not None and x.dtype in _REDUCED else x

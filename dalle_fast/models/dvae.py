@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast import rng
-from dalle_fast.models.alone import each_alone, in_float32, widened
+from dalle_fast.models.alone import each_alone, in_float32, rounded
 from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.ops.codebook_indices import codebook_indices
@@ -179,20 +179,13 @@ class DiscreteVAE(Pretrained):
 
         Args: img_seq: int64 or int32 [B, n], n a square number, ids below num_tokens.
         Returns: [B, c, sqrt(n) 2^L, sqrt(n) 2^L], normalised as the inputs of training were.
-        Numerics: on CPUs the bits of a picture depend on its codes and the weights alone, not on its batch or the
-            number of threads; 16-bit models compute in float32 and round the pixels.
+        Numerics: on CPUs a picture's bits depend on its codes and the weights alone; 16-bit models compute in float32.
         """
         side = self._check_codes(img_seq)
         if img_seq.device.type != "cpu" or torch.compiler.is_compiling() or len(img_seq) == 0:
             return self.decoder(self._embeds(img_seq, side))
-        decoder = in_float32(self.decoder)
-
-        def picture(row: int) -> Tensor:
-            embeds = self._embeds(img_seq[row : row + 1], side)
-            pixels = decoder(widened(embeds))
-            return pixels if widened(embeds) is embeds else pixels.to(embeds.dtype)
-
-        return torch.cat(each_alone(picture, len(img_seq)))
+        decoder, rows = in_float32(self.decoder), img_seq.split(1)
+        return torch.cat(each_alone(lambda i: rounded(decoder, self._embeds(rows[i], side)), len(rows)))
 
     def _embeds(self, img_seq: Tensor, side: int) -> Tensor:
         """[B, n] -> [B, D, h, w]."""
