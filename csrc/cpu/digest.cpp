@@ -14,9 +14,10 @@ constexpr int64_t kBlockBytes = 1 << 16;
 constexpr uint64_t kPrime = 0x9E3779B97F4A7C15u;
 constexpr int kChains = 8;
 
+// A product carries bits upwards alone: turned, the highest take part too.
 uint64_t fold(uint64_t hash, uint64_t word) {
-  hash = (hash ^ word) * kPrime;
-  return hash ^ (hash >> 32);
+  hash ^= word;
+  return (hash << 29 | hash >> 35) * kPrime;
 }
 
 uint64_t digest_of_block(const char* data, int64_t bytes) {
