@@ -147,9 +147,10 @@ class Decoding {
     if (!job_.alone) {
       walk_.phase(call_.rows.count * model_.heads, [&](int64_t task) { remember(task / model_.heads, task % model_.heads); });
     }
-    walk_.phase(static_cast<int64_t>(job_.blocks.size()) * model_.heads, [&](int64_t task) {
-      const DecodeBlock& block = job_.blocks[task / model_.heads];
-      const int64_t head = task % model_.heads;
+    const int64_t blocks = static_cast<int64_t>(job_.blocks.size());
+    walk_.phase(blocks * model_.heads, [&](int64_t task) {
+      const DecodeBlock& block = job_.blocks[task % blocks];  // one after the other: they share a head's keys of the text
+      const int64_t head = task / blocks;
       if (job_.alone) {
         for (int64_t i = 0; i < block.count; ++i) remember(block.first + i, head);
       }

@@ -87,25 +87,36 @@ int64_t score_window(const DecodeWindows& windows, int64_t place, const Number* 
   return count;
 }
 
-// out [width] += the weighted values of the window, in chains of kChunk.
+// out [kVectors * kWidth] += the weighted values of the window, in chains of kChunk; `values` are at the first of those columns.
+template <int kVectors, class Number>
+void add_columns_of_window(const DecodeWindows& windows, int64_t place, const Number* values, int64_t width, const float* weights,
+                           float* out) {
+  Vec chain[kVectors] = {};
+  const auto add_chain = [&] {
+    for (int v = 0; v < kVectors; ++v) store(out + v * kWidth, load(out + v * kWidth) + chain[v]), chain[v] = Vec{};
+  };
+  int64_t count = 0;
+  for (int64_t run = windows.run_start[place]; run < windows.run_start[place + 1]; ++run) {
+    const Number* value = values + windows.runs[2 * run] * width;
+    for (int64_t i = 0; i < windows.runs[2 * run + 1]; ++i, value += width) {
+      const Vec weight = broadcast(weights[count]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) chain[v] = multiply_add(weight, load_row_vector(value + v * kWidth), chain[v]);
+      if (++count % kChunk == 0) add_chain();
+    }
+  }
+  add_chain();
+}
+
 template <class Number>
 void add_window(const DecodeWindows& windows, int64_t place, const Number* values, int64_t width, const float* weights, float* out) {
-  constexpr int kVectors = kLeastColumns / kWidth;
-  for (int64_t column = 0; column < width; column += kLeastColumns) {
-    Vec total[kVectors], chain[kVectors] = {};
-    for (int v = 0; v < kVectors; ++v) total[v] = load(out + column + v * kWidth);
-    int64_t count = 0;
-    for (int64_t run = windows.run_start[place]; run < windows.run_start[place + 1]; ++run) {
-      const Number* value = values + windows.runs[2 * run] * width + column;
-      for (int64_t i = 0; i < windows.runs[2 * run + 1]; ++i, value += width) {
-        const Vec weight = broadcast(weights[count]);
-        for (int v = 0; v < kVectors; ++v) chain[v] = multiply_add(weight, load_row_vector(value + v * kWidth), chain[v]);
-        if (++count % kChunk == 0) {
-          for (int v = 0; v < kVectors; ++v) total[v] += chain[v], chain[v] = Vec{};
-        }
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) store(out + column + v * kWidth, total[v] + chain[v]);
+  constexpr int kWide = 64 / kWidth < 8 ? 64 / kWidth : 8;  // vectors: as many chains as hide the latency of a sum
+  int64_t column = 0;
+  for (; column + kWide * kWidth <= width; column += kWide * kWidth) {
+    add_columns_of_window<kWide>(windows, place, values + column, width, weights, out + column);
+  }
+  for (; column < width; column += kLeastColumns) {
+    add_columns_of_window<kLeastColumns / kWidth>(windows, place, values + column, width, weights, out + column);
   }
 }
 
