@@ -1,8 +1,8 @@
 // The decoding engine: what Python hands over. dalle_fast/native/decode.py repeats these structures.
 //
-// A call reads rows: tokens at positions behind what their sequences' caches hold, then (optionally) draws tokens, one a sample
-// and step. Text rows belong to prompts, image rows to samples; many samples share one prompt's text. Whatever a row is
-// computed beside, its bits are the same: every sum has one order, given by the layer's sizes and the row's own window.
+// A call reads rows, tokens at positions behind what their sequences' caches hold; or it draws tokens, one a sample and step,
+// and reads them as its rows. Text rows belong to prompts, image rows to samples; many samples share one prompt's text. Whatever
+// a row is computed beside, its bits are the same: every sum has one order, given by the layer's sizes and the row's own window.
 #pragma once
 
 #include "choose_token.h"
@@ -86,7 +86,8 @@ struct DecodeRows {
   int32_t text_logits;   // 1: of the text head, 0: of the image head
 };
 
-// After the rows: `steps` times, choose a token for each of `samples` and (but for the last image token) read it.
+// `steps` times: choose a token for each of `samples` from the logits and, but for the last image token, read it. The call's rows
+// are then one for each sequence, all of them wanted; their tokens and positions are written here.
 struct DecodeDraw {
   int64_t samples;        // with guidance, sequences samples .. 2 samples - 1 are the same without their text
   int64_t steps;
@@ -101,10 +102,10 @@ struct DecodeDraw {
 struct Decode {
   const DecodeModel* model;
   const DecodeCaches* caches;
-  DecodeRows rows;   // count 0: nothing to read; a draw then goes on from `logits`
-  DecodeDraw draw;   // steps 0: nothing to draw
-  float* logits;     // [wanted, K], of the last rows read; a draw chooses from [sequences, K] and leaves those behind it
-  float* workspace;  // zeroed once, `decode_workspace(model, most rows of a call)` floats
+  DecodeRows rows;
+  DecodeDraw draw;   // steps 0: nothing is drawn
+  float* logits;     // [wanted, K] of the rows read; a draw begins with those of its first token
+  float* workspace;  // `decode_workspace(model, rows.count)` floats; zero, but for what calls with as many rows left in it
   int64_t threads;
 };
 
