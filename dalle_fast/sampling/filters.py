@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dalle_fast import rng
 from dalle_fast.ops.choose_token import check_filters, choose_token, needs_noise
-from dalle_fast.reference import choose_token as reference
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,3 @@ class Filters:
     def token(self, logits: Tensor, seeds: int | Sequence[int] | Tensor, position: int, stream: rng.Stream) -> Tensor:
         """Token ids [B] for `position`, from logits [B, K] and one seed each (see `dalle_fast.ops.choose_token`)."""
         return choose_token(logits, seeds=seeds, positions=position, stream=stream, **asdict(self))
-
-    def choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        """Token ids [B] from logits [B, K]; `noise` [B, K] is Gumbel noise, None takes the most likely."""
-        return reference.choose_token(logits, noise, **asdict(self))
