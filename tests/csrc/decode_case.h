@@ -13,6 +13,7 @@ struct DecodeCase {
   dalle_fast::DecodeModel model{};
   std::vector<dalle_fast::DecodeLayer> layers;
 
+  // options: 1 reversible and stable, 2 token shift, 4 sandwich norm, 8 rotary.
   DecodeCase(dalle_fast::PackedElement weights, int options) : weights_(weights) {
     using namespace dalle_fast;
     const bool sandwich = options & 4, rotary = options & 8;

@@ -221,7 +221,7 @@ int main() {
         }
       }
       for (int32_t element : {0, 1, 2}) {
-        for (int options = 0; options < 16; ++options) drive_decode(static_cast<dalle_fast::PackedElement>(element), options);
+        for (int options : {5, 10, 15}) drive_decode(static_cast<dalle_fast::PackedElement>(element), options);
       }
       for (int32_t epilogue : {0, 1, 2}) {
         for (int64_t rows : {1, 7, 50}) drive_packed_product(rows, 129, 70, static_cast<dalle_fast::Epilogue>(epilogue));
