@@ -60,7 +60,8 @@ class Cost:
     """What the work of a case needs at least, whoever does it.
 
     working_set: bytes gone through again and again (decoding); None: inputs come from memory (a cold op).
-    items, unit: what a user counts, for a rate (1 image, 1024 tokens).
+    items, unit: what a user counts, for a rate (32 images).
+    steps: how many equal steps the work goes through one after the other, for the time of one; 0: nobody asks.
     result_bytes: what a call returns, for the peak in multiples of it and beyond it; 0: nobody asks.
     """
 
@@ -70,6 +71,7 @@ class Cost:
     working_set: int | None = None
     items: int = 0
     unit: str = ""
+    steps: int = 0
     result_bytes: int = 0
 
 
@@ -105,6 +107,7 @@ class Provider:
         missing: (case, device) -> None, or in words why it cannot run here.
         check: replaces the benchmark's check where a provider owes something else than the oracle's numbers.
         packages: distributions whose versions its rows name.
+        cost: replaces the benchmark's where a provider needs less (weights of fewer bits).
     """
 
     name: str
@@ -112,6 +115,7 @@ class Provider:
     missing: Callable[[Case, torch.device], str | None] = _always_runs
     check: Callable[[Case, Any, Any], str | None] | None = None
     packages: tuple[str, ...] = ()
+    cost: Callable[[Case], Cost] | None = None
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ def _run_case(benchmark: Benchmark, case: Case, settings: Settings, session: Ses
             continue
         row = _facts(benchmark, provider, case, settings, session)
         if not settings.smoke:
-            cost, peak = benchmark.cost(case), peaks[provider.name]
+            cost, peak = (provider.cost or benchmark.cost)(case), peaks[provider.name]
             row |= _numbers(jobs[provider.name], samples[provider.name], cost, case, session.ceilings)
             row["values"]["peak"] = _value(peak, "B")
             if cost.result_bytes and peak is not None:
@@ -315,6 +319,8 @@ def _numbers(job: Job, rounds: list[dict[str, float]], cost: Cost, case: Case, c
         values["throughput"] = _value(cost.flops / seconds / 1e12, "TFLOP/s")
     if cost.items:
         values["rate"] = _value(cost.items / seconds, f"{cost.unit}/s")
+    if cost.steps:
+        values["step"] = _value(seconds / cost.steps, "s")
     if floor:
         values["of_ceiling"] = _value(100 * floor / seconds, "%")
     return {

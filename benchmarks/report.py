@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import decode_curves
 from benchmarks.curves import DPI, curves, is_swept
 from benchmarks.rows import Row, group, latest
 from benchmarks.tables import MIB, duration, markdown, seconds
 
-COLUMNS = ("impl", "median", "p20..p80", "vs baseline", "rate", "GB/s", "TFLOP/s", "% of ceiling", "peak", "notes")
+COLUMNS = (
+    "impl",
+    "median",
+    "p20..p80",
+    "vs baseline",
+    "rate",
+    "a step",
+    "GB/s",
+    "TFLOP/s",
+    "% of ceiling",
+    "peak",
+    "notes",
+)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -24,7 +37,7 @@ def table(rows: Iterable[Row]) -> str:
 def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
     """One PNG a (benchmark, case, dtype, device): a bar an implementation, whiskers p20 to p80, extrapolated hatched.
 
-    Cases of a sweep share one, of curves.
+    Cases of a sweep share one, of curves; decoding has some over batches besides.
 
     Raises: ValueError (no timed row).
     """
@@ -34,7 +47,8 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
     if not timed:
         raise ValueError("plot: rows must hold a timed one, got none. Measure first: python -m benchmarks.")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = curves([row for row in timed if is_swept(row)], folder)
+    paths = decode_curves.curves(timed, folder)
+    paths += curves([row for row in timed if is_swept(row) and not decode_curves.is_swept(row)], folder)
     for key, members in _groups(row for row in timed if not is_swept(row)).items():
         members = sorted(members, key=lambda row: -seconds(row))
         figure = Figure(figsize=(8, 1.4 + 0.45 * len(members)), layout="constrained")
@@ -97,6 +111,7 @@ def _cells(row: Row, baseline_s: float | None) -> tuple[str, ...]:
         f"{duration(seconds(row, 'p20'))}..{duration(seconds(row, 'p80'))}",
         f"{baseline_s / middle:.2f}x" if baseline_s else "",
         f"{values['rate']['value']:.3g} {values['rate']['unit']}" if "rate" in values else "",
+        duration(values["step"]["value"]) if "step" in values else "",
         f"{values['bandwidth']['value']:.3g}" if "bandwidth" in values else "",
         f"{values['throughput']['value']:.3g}" if "throughput" in values else "",
         f"{values['of_ceiling']['value']:.1f}" if "of_ceiling" in values else "",

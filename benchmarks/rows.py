@@ -4,7 +4,7 @@
 |---|---|
 | run | UTC time the run began: rows of one run were measured side by side, ratios across runs are not reported |
 | op, impl, mode, case, dtype | what was measured; `sizes` spells the case out |
-| values | {name: {"value", "unit"}}: median, p20, p80; some of bandwidth, throughput, rate, of_ceiling, peak... |
+| values | {name: {"value", "unit"}}: median, p20, p80; some of bandwidth, throughput, rate, step, of_ceiling, peak... |
 | pieces | {piece: median seconds} where the job was timed in pieces |
 | extrapolated | null, or in words what the whole was computed from |
 | rounds | samples behind the percentiles |

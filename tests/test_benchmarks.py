@@ -15,7 +15,6 @@ import torch
 import benchmarks.__main__ as command
 from benchmarks import (
     bench_gumbel_noise,
-    bench_sampler,
     discover,
     machine,
     memory,
@@ -23,7 +22,7 @@ from benchmarks import (
     rows,
 )
 from benchmarks.ceilings import DTYPES, Ceilings
-from benchmarks.harness import Benchmark, Case, Cost, Job, Provider, Report, Session, Settings, run, verified_jobs
+from benchmarks.harness import Benchmark, Case, Cost, Job, Provider, Report, Session, Settings, run
 from benchmarks.timing import Clock, interleave, percentile, warm_up
 
 CPU = torch.device("cpu")
@@ -112,54 +111,7 @@ def test_gumbel_distribution_check_refuses_another_distribution() -> None:
     assert "Gumbel" in str(bench_gumbel_noise._check_distribution(case, drawn * 1.2, drawn))
 
 
-# ------------------------------------------------------------------------------------------------ the sampler
-
-
-@pytest.fixture(scope="module")
-def toy() -> tuple[Case, bench_sampler.Inputs, bench_sampler.Oracle]:
-    case = next(case for case in bench_sampler.CASES if case.toy)
-    inputs = bench_sampler.Inputs(case, CPU)
-    return case, inputs, bench_sampler.Oracle(case, inputs)
-
-
-def test_sampler_refuses_wrong_tokens(toy: tuple[Case, bench_sampler.Inputs, bench_sampler.Oracle]) -> None:
-    case, inputs, oracle = toy
-    got = bench_sampler._prepare_cached(case, inputs, CPU).result()
-    assert bench_sampler._check_tokens(case, got, oracle) is None
-    for which, message in (("greedy", "must have the largest logit"), ("first_row", "must equal uncached ones")):
-        broken = got | {which: got[which].clone()}
-        broken[which][0, -1] = (broken[which][0, -1] + 1) % case.sizes["codes"]
-        assert message in str(bench_sampler._check_tokens(case, broken, oracle))
-
-
-def test_sampler_refuses_wrong_logits(toy: tuple[Case, bench_sampler.Inputs, bench_sampler.Oracle]) -> None:
-    case, inputs, oracle = toy
-    got = bench_sampler._prepare_uncached(case, inputs, CPU).result()
-    assert bench_sampler._check_logits(case, got, oracle) is None
-    for wrong in (math.nan, 4 * oracle.budget):
-        broken = {position: logits.clone() for position, logits in got.items()}
-        broken[0][1] += wrong
-        assert "logits of token 0" in str(bench_sampler._check_logits(case, broken, oracle))
-
-
-@pytest.mark.parametrize("case", [case for case in bench_sampler.CASES if case.name in ("toy", "odd")])
-def test_sampler_cost_counts_the_weights_of_the_model(case: Case) -> None:
-    """Without attention keys, a step reads every matrix of the transformer and the image rows of the head."""
-    inputs = bench_sampler.Inputs(case, CPU)
-    matrices = sum(p.numel() for p in inputs.model.transformer.parameters() if p.dim() == 2)
-    head = inputs.model.to_logits.weight[-case.sizes["codes"] :].numel()
-    sizes = case.sizes
-    keys = 0
-    for layer in range(sizes["depth"]):
-        pattern = inputs.model.transformer.blocks[layer].attn.fn.pattern
-        keys += sum(len(pattern.window(q)) for q in range(sizes["text_seq_len"] + 1, pattern.layout.max_inputs))
-    cache = 2 * sizes["heads"] * sizes["dim_head"] * keys
-    assert bench_sampler._cost(case).read_bytes == 4 * (sizes["grid"] ** 2 * (matrices + head) + cache)
-
-
-def test_extrapolation_is_exact_for_a_line() -> None:
-    points = [(1, 5.0), (4, 11.0), (5, 13.0), (11, 25.0)]
-    assert bench_sampler.sum_interpolated(points) == sum(3 + 2 * p for p in range(1, 12))
+# ------------------------------------------------------------------------------------------------ the original
 
 
 def test_absent_original_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,18 +120,6 @@ def test_absent_original_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     assert reason is not None and "no-such-package" in reason and "pip install" in reason
     with pytest.raises(RuntimeError, match="pip install"):
         peers.original.__wrapped__()
-
-
-@pytest.mark.skipif(peers.missing() is not None, reason=f"the original is not installed: {peers.missing()}")
-def test_original_is_verified_and_refused_with_its_cache_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(case for case in bench_sampler.CASES if case.toy)
-    wanted = ("original", "original_mended", "original_mended_masks")
-    jobs, found = verified_jobs(bench_sampler.BENCHMARK, case, CPU, wanted)
-    assert (tuple(jobs), found.refused, found.absent) == (wanted, {}, {})
-    monkeypatch.setattr(peers, "mend_cache", lambda model: model)
-    jobs, found = verified_jobs(bench_sampler.BENCHMARK, case, CPU, wanted)
-    assert tuple(jobs) == ("original",)
-    assert len(found.refused) == 2
 
 
 def test_stubs_are_gone_after_the_import() -> None:
