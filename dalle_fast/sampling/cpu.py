@@ -118,7 +118,8 @@ class CpuEngine:
         """As `EagerEngine.draw`, in one call."""
         self._check_batch("draw", "codes", codes)
         n_image, n_codes = self._layout.n_image, self.model.num_image_tokens
-        check_draw(codes, first, count, n_image, self._place.offset - self._layout.text_len, self._next is not None)
+        n_read = self._place.offset - self._layout.text_len
+        check_draw(codes, first, count, seeds, n_image, n_read, self._next is not None)
         if count == 0:
             return
         ordered, ordered_seeds = codes[self._order].contiguous(), seeds[self._order].contiguous()

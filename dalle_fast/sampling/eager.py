@@ -127,7 +127,7 @@ def _draw(
 ) -> None:
     """Token by token, through the engine's steps."""
     n_image = engine.model.image_seq_len
-    check_draw(codes, first, count, n_image, n_read, engine.behind is not None)
+    check_draw(codes, first, count, seeds, n_image, n_read, engine.behind is not None)
     any_known = (codes[:, first : first + count] >= 0).any(dim=0).tolist()
     for p in range(first, first + count):
         assert engine.behind is not None
@@ -146,10 +146,14 @@ def check_text_step(start: int, n: int, text_len: int) -> None:
         )
 
 
-def check_draw(codes: Tensor, first: int, count: int, n_image: int, n_read: int, has_logits: bool) -> None:
+def check_draw(
+    codes: Tensor, first: int, count: int, seeds: Tensor, n_image: int, n_read: int, has_logits: bool
+) -> None:
     """Raises ValueError where an engine behind n_read codes cannot draw these."""
     if codes.dtype != torch.int64 or codes.dim() != 2 or codes.shape[1] != n_image:
         raise ValueError(f"draw: codes must be [B, {n_image}] of int64, got {list(codes.shape)} of {codes.dtype}.")
+    if seeds.dtype != torch.int64 or list(seeds.shape) != [len(codes)]:
+        raise ValueError(f"draw: seeds must be int64 [B={len(codes)}], got {list(seeds.shape)} of {seeds.dtype}.")
     if first != n_read or not has_logits:
         raise ValueError(
             f"draw: first must be the number of codes read, {n_read}, with their logits known, got {first}. "

@@ -174,6 +174,8 @@ def _why_not_modules(model: DALLE) -> str | None:
     return None
 
 
+_MOST_HEAD_WIDTH = 1024  # kMostHeadWidth of csrc/cpu/decode_kernels.h
+
 _CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
     "": (DALLE,),
     "transformer": (Transformer,),
@@ -203,6 +205,8 @@ def _why_not_layers(blocks: list[Any]) -> str | None:
         attention, feed_forward, pattern = block.attn.fn, block.ff.fn, block.attn.fn.pattern
         if pattern.name in ("block_sparse", "bidirectional"):
             return f"layer {i} attends by {pattern.name}: it knows patterns whose image tokens see all text."
+        if attention.dim_head > _MOST_HEAD_WIDTH:
+            return f"layer {i} has heads of {attention.dim_head} channels: it holds {_MOST_HEAD_WIDTH} at most."
         if _sizes(block) != _sizes(first):
             return f"layer {i} has other sizes than layer 0: it takes them to be alike."
         if (attention.to_out.bias is None) or (feed_forward.w_in.bias is None) or (feed_forward.w_out.bias is None):

@@ -162,6 +162,30 @@ void drive_gumbel_codebook(int64_t features, int64_t codes, int64_t dim, dalle_f
   for (int64_t code : noisy) expect(code >= 0 && code < codes, "chosen codes exist");
 }
 
+void drive_choose_tokens(int64_t rows, int64_t codes) {
+  std::vector<float> logits(rows * codes);
+  const std::vector<uint64_t> seeds(rows, ~uint64_t{0});
+  const std::vector<int64_t> positions(rows, -1);
+  for (int kind = 0; kind < 4; ++kind) {
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const float spread = static_cast<float>(i * 7919 % 1009) * 0.01f;
+      logits[i] = kind == 0 ? 1.0f : kind == 1 ? spread : kind == 2 ? -INFINITY : i % 3 ? NAN : 3e38f;
+    }
+    for (int64_t top_k : {int64_t{0}, int64_t{1}, int64_t{5}, codes}) {
+      for (float temperature : {0.0f, 1e-39f, 1.0f}) {
+        for (double top_p : {0.5, 1.0}) {
+          const dalle_fast::TokenChoice choice{codes, top_k, temperature, top_p, 1, 2};
+          std::vector<int64_t> tokens(rows, -7);
+          const int32_t status =
+              dalle_fast_choose_tokens(&choice, logits.data(), rows, seeds.data(), positions.data(), tokens.data());
+          expect(status == 0, "choose_tokens");
+          for (int64_t token : tokens) expect(token >= 0 && token < codes, "a token is one of the codes");
+        }
+      }
+    }
+  }
+}
+
 void drive_decode(dalle_fast::PackedElement weights, int options) {
   DecodeCase one(weights, options);
   const std::vector<int64_t> alone = one.draw(1, 1), beside = one.draw(13, 3);
@@ -207,6 +231,9 @@ int main() {
       expect(dalle_fast_isa() == isa, "the instruction set is the one that was set");
       for (int64_t codes : {0, 1, 3, 4, 31, 32, 33, 2049, 8192}) {
         for (int64_t rows : {0, 1, 3, 17}) drive_gumbel_noise(rows, codes);
+      }
+      for (int64_t codes : {1, 2, 15, 17, 513, 8192}) {
+        for (int64_t rows : {0, 1, 5}) drive_choose_tokens(rows, codes);
       }
       for (int64_t codes : {1, 48, 101}) {
         for (int64_t width : {1, 16, 37}) drive_nearest_code(130, codes, width);

@@ -196,7 +196,7 @@ def test_steps_and_rollbacks_beyond_the_bounds_are_refused_and_change_nothing():
     model = small_dalle(torch.float32)
     text, codes = text_of(model), random_codes(model)
     expected = stepped(CpuEngine(model), text, codes[:, :-1])
-    engine = CpuEngine(model, max_step=3, max_rollback=2)
+    engine, seeds = CpuEngine(model, max_step=3, max_rollback=2), torch.arange(3)
     with torch.no_grad():
         engine.prefill(text, codes[:, :5])
         refused = [
@@ -210,8 +210,9 @@ def test_steps_and_rollbacks_beyond_the_bounds_are_refused_and_change_nothing():
             (lambda: engine.rollback(6), r"rollback: n must be in 0\.\."),
             (lambda: engine.draw(codes[:2], 5, 1, None, None), r"draw: codes must be \[B=3, M\]"),
             (lambda: engine.draw(codes[:, :5], 5, 1, None, None), r"draw: codes must be \[B, 64\]"),
-            (lambda: engine.draw(codes, 4, 1, None, None), "first must be the number of codes read, 5"),
-            (lambda: engine.draw(codes, 5, 60, None, None), r"count must be in 0\.\.59, got 60"),
+            (lambda: engine.draw(codes, 4, 1, None, seeds), "first must be the number of codes read, 5"),
+            (lambda: engine.draw(codes, 5, 60, None, seeds), r"count must be in 0\.\.59, got 60"),
+            (lambda: engine.draw(codes, 5, 1, None, seeds[:2]), r"draw: seeds must be int64 \[B=3\], got \[2\]"),
             (lambda: engine.prefill(text[:, :3], codes[:, :1]), "codes must follow a text of 6 tokens, got 3"),
             (lambda: engine.prefill(text, codes[:2, :1]), r"prefill: codes must be \[B=3, m\], .* got \[2, 1\]"),
             (lambda: engine.prefill(text[:0]), "at least one prompt"),

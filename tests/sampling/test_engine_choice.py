@@ -102,6 +102,7 @@ def test_global_hooks_autocast_and_patterns_are_reasons_too():
         handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast is on" in explain(model=model)
+    assert "layer 0 has heads of 1040 channels" in explain(model=small_dalle(torch.float32, dim_head=1040))
     assert "layer 0 attends by block_sparse" in explain(model=small_dalle(torch.float32, attn_types="sparse"))
     child = small_dalle(torch.float32)
     child.__class__ = Subclass
