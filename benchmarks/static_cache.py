@@ -30,8 +30,9 @@ def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile with what was found fastest on CPUs: weights frozen and packed, products chosen by trial."""
-    from torch._inductor import config  # the compiler: seconds to import
+    from torch._inductor import config, select_algorithm  # the compiler: seconds to import
 
+    select_algorithm.PRINT_AUTOTUNE = False
     ready: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
 
     fresh = [True]
