@@ -71,53 +71,87 @@ struct Memory {
   }
 };
 
-// scores [keys of the window] of a row's own image keys; returns how many.
+// Rows of the cache are read a vector at a time, where that is cheapest: of 16-bit numbers two vectors lie in one, even channels
+// in the lower halves of its lanes, odd ones in the upper. A query, and what values add up to, is arranged alike.
+template <class Number>
+constexpr int64_t in_pairs(int64_t width) {
+  return sizeof(Number) == 2 ? width / (2 * kWidth) * (2 * kWidth) : 0;
+}
+
+static inline Vec load_arranged(const float* row, int64_t, int64_t at) { return load(row + at); }
+static inline Vec load_arranged(const BFloat16* row, int64_t pairs, int64_t at) {
+  if (at >= pairs) return load_row_vector(row + at);
+  VecU both;
+  memcpy(&both, row + at / (2 * kWidth) * (2 * kWidth), sizeof(both));
+  return reinterpret_cast<Vec>(at % (2 * kWidth) == 0 ? both << 16 : both & 0xFFFF0000u);
+}
+
+// The place of channel d in an arranged row.
+static inline int64_t arranged(int64_t pairs, int64_t d) {
+  if (d >= pairs) return d;
+  const int64_t block = d / (2 * kWidth) * (2 * kWidth);
+  return block + (d - block) / 2 + d % 2 * kWidth;
+}
+
+// scores [keys of the window, and up to 3 more] of a row's own image keys, for an arranged query; returns how many.
 template <class Number>
 int64_t score_window(const DecodeWindows& windows, int64_t place, const Number* keys, int64_t width, const float* query,
                      float* scores) {
+  const int64_t pairs = in_pairs<Number>(width);
+  Vec sum[4];
   int64_t count = 0;
   for (int64_t run = windows.run_start[place]; run < windows.run_start[place + 1]; ++run) {
     const Number* key = keys + windows.runs[2 * run] * width;
     for (int64_t i = 0; i < windows.runs[2 * run + 1]; ++i, key += width) {
-      Vec sum{};
-      for (int64_t d = 0; d < width; d += kWidth) sum = multiply_add(load(query + d), load_row_vector(key + d), sum);
-      scores[count++] = sum_of_lanes(sum);
+      Vec products{};
+      for (int64_t d = 0; d < width; d += kWidth) products = multiply_add(load(query + d), load_arranged(key, pairs, d), products);
+      sum[count % 4] = products;
+      if (++count % 4 == 0) sums_of_lanes(sum, scores + count - 4);
     }
+  }
+  if (count % 4 != 0) {
+    for (int64_t i = count % 4; i < 4; ++i) sum[i] = Vec{};
+    sums_of_lanes(sum, scores + count / 4 * 4);
   }
   return count;
 }
 
-// out [kVectors * kWidth] += the weighted values of the window, in chains of kChunk; `values` are at the first of those columns.
+// out [kVectors * kWidth] += the weighted values of the window, in chains of kChunk, for arranged channels from `column` on.
 template <int kVectors, class Number>
-void add_columns_of_window(const DecodeWindows& windows, int64_t place, const Number* values, int64_t width, const float* weights,
-                           float* out) {
-  Vec chain[kVectors] = {};
-  const auto add_chain = [&] {
-    for (int v = 0; v < kVectors; ++v) store(out + v * kWidth, load(out + v * kWidth) + chain[v]), chain[v] = Vec{};
-  };
+void add_columns_of_window(const DecodeWindows& windows, int64_t place, const Number* values, int64_t width, int64_t column,
+                           const float* weights, float* out) {
+  const int64_t pairs = in_pairs<Number>(width);
+  Vec chain[kVectors] = {}, total[kVectors] = {};
   int64_t count = 0;
   for (int64_t run = windows.run_start[place]; run < windows.run_start[place + 1]; ++run) {
     const Number* value = values + windows.runs[2 * run] * width;
     for (int64_t i = 0; i < windows.runs[2 * run + 1]; ++i, value += width) {
       const Vec weight = broadcast(weights[count]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) chain[v] = multiply_add(weight, load_row_vector(value + v * kWidth), chain[v]);
-      if (++count % kChunk == 0) add_chain();
+      for (int v = 0; v < kVectors; ++v) {
+        chain[v] = multiply_add(weight, load_arranged(value, pairs, column + v * kWidth), chain[v]);
+      }
+      if (++count % kChunk == 0) {
+        for (int v = 0; v < kVectors; ++v) total[v] += chain[v], chain[v] = Vec{};
+      }
     }
   }
-  add_chain();
+  float sums[kVectors * kWidth];
+  for (int v = 0; v < kVectors; ++v) store(sums + v * kWidth, total[v] + chain[v]);
+  for (int64_t d = column; d < column + kVectors * kWidth; ++d) out[d] += sums[arranged(pairs, d) - column];
 }
 
 template <class Number>
 void add_window(const DecodeWindows& windows, int64_t place, const Number* values, int64_t width, const float* weights, float* out) {
-  constexpr int kWide = 64 / kWidth < 8 ? 64 / kWidth : 8;  // vectors: as many chains as hide the latency of a sum
+  constexpr int kMany = kWidth == 16 ? 4 : 2;  // vectors: chains that hide the latency of a sum; a pair stays together
   int64_t column = 0;
-  for (; column + kWide * kWidth <= width; column += kWide * kWidth) {
-    add_columns_of_window<kWide>(windows, place, values + column, width, weights, out + column);
+  for (; column + kMany * kWidth <= width; column += kMany * kWidth) {
+    add_columns_of_window<kMany>(windows, place, values, width, column, weights, out);
   }
-  for (; column < width; column += kLeastColumns) {
-    add_columns_of_window<kLeastColumns / kWidth>(windows, place, values + column, width, weights, out + column);
+  for (; column + 2 * kWidth <= width; column += 2 * kWidth) {
+    add_columns_of_window<2>(windows, place, values, width, column, weights, out);
   }
+  for (; column < width; column += kWidth) add_columns_of_window<1>(windows, place, values, width, column, weights, out);
 }
 
 void fill(float* from, float* to, float value) {
@@ -141,13 +175,14 @@ float weigh(float* scores, int64_t count) {
 // The scratch of one block.
 struct Bench {
   int64_t width, score_stride;
-  float *totals, *queries, *out, *scores;
+  float *totals, *queries, *query, *out, *scores;
 
   Bench(const DecodeModel& model, float* scratch)
       : width(padded16(model.dim_head)), score_stride(padded16(model.text_len) + padded16(model.n_image())) {
     Arena arena{scratch};
     totals = arena.take(kAttendRows * kPanel);
     queries = arena.take(kAttendRows * width);
+    query = arena.take(width);
     out = arena.take(kAttendRows * width);
     scores = arena.take(kAttendRows * score_stride);
   }
@@ -189,9 +224,13 @@ void attend(const Decode& call, const Memory<Cache>& memory, const DecodeBlock& 
   for (int64_t i = 0; i < count; ++i) {
     float *scores = bench.scores + i * bench.score_stride, *own = scores + n_padded;
     fill(scores + (text ? position[i] + 1 : n_text), own, -kInfinity);
-    const int64_t seen = text ? 0
-                              : score_window(memory.windows, position[i] - model.text_len, memory.image_keys(sequence[i]), width,
-                                             bench.queries + i * width, own);
+    int64_t seen = 0;
+    if (!text) {
+      for (int64_t d = 0; d < width; ++d) {
+        bench.query[arranged(in_pairs<typename Cache::Number>(width), d)] = bench.queries[i * width + d];
+      }
+      seen = score_window(memory.windows, position[i] - model.text_len, memory.image_keys(sequence[i]), width, bench.query, own);
+    }
     fill(own + seen, own + padded16(seen), -kInfinity);
     sums[i] = weigh(scores, n_padded + padded16(seen));
   }

@@ -22,11 +22,11 @@ struct DecodeBlock {
 
 constexpr int64_t padded16(int64_t width) { return (width + 15) / 16 * 16; }
 
-// Of decode_attend: queries, scores, totals of one panel, results.
+// Of decode_attend: queries, one arranged, scores, totals of one panel, results.
 inline int64_t decode_attend_scratch(const DecodeModel& model) {
   const int64_t head = padded16(model.dim_head);
   const int64_t scores = padded16(model.text_len) + padded16(model.n_image());
-  return kAttendRows * (2 * head + scores + kPanel);
+  return kAttendRows * (2 * head + scores + kPanel) + head;
 }
 
 }  // namespace dalle_fast

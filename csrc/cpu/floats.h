@@ -113,6 +113,34 @@ static inline float sum_of_lanes(Vec x) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+// to[i] = the sum of all lanes of x[i], in one order for every i; a third of the instructions of four sums apart.
+static inline void sums_of_lanes(const Vec x[4], float* to) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  const __m512 a = reinterpret_cast<__m512>(x[0]), b = reinterpret_cast<__m512>(x[1]);
+  const __m512 c = reinterpret_cast<__m512>(x[2]), d = reinterpret_cast<__m512>(x[3]);
+  const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const __m512 fours = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);
+  const __m256 eights = _mm512_castps512_ps256(fours) + _mm512_extractf32x8_ps(fours, 1);
+  const __m128 sums = _mm256_castps256_ps128(eights) + _mm256_extractf128_ps(eights, 1);
+#elif defined(__AVX2__)
+  const __m256 a = reinterpret_cast<__m256>(x[0]), b = reinterpret_cast<__m256>(x[1]);
+  const __m256 c = reinterpret_cast<__m256>(x[2]), d = reinterpret_cast<__m256>(x[3]);
+  const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b), cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const __m256 eights = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
+  const __m128 sums = _mm256_castps256_ps128(eights) + _mm256_extractf128_ps(eights, 1);
+#else
+  const __m128 a = reinterpret_cast<__m128>(x[0]), b = reinterpret_cast<__m128>(x[1]);
+  const __m128 c = reinterpret_cast<__m128>(x[2]), d = reinterpret_cast<__m128>(x[3]);
+  const __m128 ab = _mm_unpacklo_ps(a, b) + _mm_unpackhi_ps(a, b), cd = _mm_unpacklo_ps(c, d) + _mm_unpackhi_ps(c, d);
+  const __m128 sums = _mm_shuffle_ps(ab, cd, 0x44) + _mm_shuffle_ps(ab, cd, 0xEE);
+#endif
+  _mm_storeu_ps(to, sums);
+#else
+  for (int i = 0; i < 4; ++i) to[i] = sum_of_lanes(x[i]);
+#endif
+}
+
 static inline float max_of_lanes(Vec x) {
   float lane[kWidth];
   store(lane, x);
