@@ -196,60 +196,88 @@ struct Bench {
   }
 };
 
+// One head's attention of one block of rows.
 template <class Cache>
-void attend(const Decode& call, const Memory<Cache>& memory, const DecodeBlock& block, const DecodeRowsOf& qkv,
-            const DecodeRowsOf& attended, const Bench& bench) {
+struct BlockAttention {
   using Panel = typename Cache::Panel;
-  const DecodeModel& model = memory.model;
-  const int64_t width = bench.width, count = block.count;
-  const int64_t *position = call.rows.position + block.first, *sequence = call.rows.sequence + block.first;
-  const bool text = position[0] < model.text_len;
-  const int64_t prompt = text ? sequence[0] : call.caches->prompt_of[sequence[0]];
-  int64_t n_text = text ? 0 : model.text_len;
-  for (int64_t i = 0; i < count && text; ++i) n_text = position[i] < n_text ? n_text : position[i] + 1;
-  const int64_t n_padded = padded16(n_text);
+  const Memory<Cache>& memory;
+  const DecodeModel& model;
+  const Bench& bench;
+  const int64_t count, *position, *sequence;
+  const bool text;
+  const int64_t prompt, n_text, n_padded;  // n_text: how many of the text's keys some row of the block sees
+  float sums[kAttendRows];                 // of a row's weights
 
-  const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(model.dim_head));
-  for (int64_t i = 0; i < count; ++i) {
-    float* query = bench.queries + i * width;
-    read_turned(model, qkv[block.first + i] + memory.head * model.dim_head, position[i], query);
-    for (int64_t d = 0; d < width; d += kWidth) store(query + d, load(query + d) * scale);
+  BlockAttention(const Decode& call, const Memory<Cache>& of_head, const DecodeBlock& block, const Bench& in)
+      : memory(of_head),
+        model(*call.model),
+        bench(in),
+        count(block.count),
+        position(call.rows.position + block.first),
+        sequence(call.rows.sequence + block.first),
+        text(position[0] < model.text_len),
+        prompt(text ? sequence[0] : call.caches->prompt_of[sequence[0]]),
+        n_text(text ? last_position() + 1 : model.text_len),
+        n_padded(padded16(n_text)) {}
+
+  // first_row: of the block, in both.
+  void run(const DecodeRowsOf& qkv, const DecodeRowsOf& attended, int64_t first_row) {
+    read_queries(qkv, first_row);
+    for (int64_t panel = 0; panel < panels_of(n_text); ++panel) {
+      const int64_t first = panel * kPanel, columns = n_padded - first < kPanel ? n_padded - first : kPanel;
+      bench.multiply<Panel>(bench.queries, bench.width, memory.text_keys(prompt, panel), model.dim_head, first, columns, count,
+                            bench.scores, bench.score_stride);
+    }
+    for (int64_t i = 0; i < count; ++i) weigh_row(i);
+    for (int64_t panel = 0; panel < panels_of(model.dim_head); ++panel) {
+      const int64_t first = panel * kPanel, columns = bench.width - first < kPanel ? bench.width - first : kPanel;
+      bench.multiply<Panel>(bench.scores, bench.score_stride, memory.text_values(prompt, panel), n_text, first, columns, count,
+                            bench.out, bench.width);
+    }
+    for (int64_t i = 0; i < count; ++i) finish_row(i, attended[first_row + i] + memory.head * model.dim_head);
   }
-  for (int64_t panel = 0; panel < panels_of(n_text); ++panel) {
-    const int64_t first = panel * kPanel, columns = n_padded - first < kPanel ? n_padded - first : kPanel;
-    bench.multiply<Panel>(bench.queries, width, memory.text_keys(prompt, panel), model.dim_head, first, columns, count, bench.scores,
-                          bench.score_stride);
+
+ private:
+  int64_t last_position() const {
+    int64_t last = 0;
+    for (int64_t i = 0; i < count; ++i) last = position[i] > last ? position[i] : last;
+    return last;
   }
-  float sums[kAttendRows];
-  for (int64_t i = 0; i < count; ++i) {
+
+  void read_queries(const DecodeRowsOf& qkv, int64_t first_row) {
+    const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(model.dim_head));
+    for (int64_t i = 0; i < count; ++i) {
+      float* query = bench.queries + i * bench.width;
+      read_turned(model, qkv[first_row + i] + memory.head * model.dim_head, position[i], query);
+      for (int64_t d = 0; d < bench.width; d += kWidth) store(query + d, load(query + d) * scale);
+    }
+  }
+
+  // A row's scores of its image keys beside those of the text, and the weights of all.
+  void weigh_row(int64_t i) {
     float *scores = bench.scores + i * bench.score_stride, *own = scores + n_padded;
     fill(scores + (text ? position[i] + 1 : n_text), own, -kInfinity);
     int64_t seen = 0;
     if (!text) {
-      for (int64_t d = 0; d < width; ++d) {
-        bench.query[arranged(in_pairs<typename Cache::Number>(width), d)] = bench.queries[i * width + d];
-      }
-      seen = score_window(memory.windows, position[i] - model.text_len, memory.image_keys(sequence[i]), width, bench.query, own);
+      const int64_t pairs = in_pairs<typename Cache::Number>(bench.width);
+      for (int64_t d = 0; d < bench.width; ++d) bench.query[arranged(pairs, d)] = bench.queries[i * bench.width + d];
+      seen = score_window(memory.windows, position[i] - model.text_len, memory.image_keys(sequence[i]), bench.width, bench.query, own);
     }
     fill(own + seen, own + padded16(seen), -kInfinity);
     sums[i] = weigh(scores, n_padded + padded16(seen));
   }
-  for (int64_t panel = 0; panel < panels_of(model.dim_head); ++panel) {
-    const int64_t first = panel * kPanel, columns = width - first < kPanel ? width - first : kPanel;
-    bench.multiply<Panel>(bench.scores, bench.score_stride, memory.text_values(prompt, panel), n_text, first, columns, count,
-                          bench.out, width);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    float* out = bench.out + i * width;
+
+  void finish_row(int64_t i, float* attended) {
+    float* out = bench.out + i * bench.width;
     if (!text) {
-      add_window(memory.windows, position[i] - model.text_len, memory.image_values(sequence[i]), width,
+      add_window(memory.windows, position[i] - model.text_len, memory.image_values(sequence[i]), bench.width,
                  bench.scores + i * bench.score_stride + n_padded, out);
     }
     const float inverse = 1.0f / sums[i];
-    for (int64_t d = 0; d < width; d += kWidth) store(out + d, load(out + d) * inverse);
-    memcpy(attended[block.first + i] + memory.head * model.dim_head, out, sizeof(float) * model.dim_head);
+    for (int64_t d = 0; d < bench.width; d += kWidth) store(out + d, load(out + d) * inverse);
+    memcpy(attended, out, sizeof(float) * model.dim_head);
   }
-}
+};
 
 template <class Cache>
 void remember(const Decode& call, const Memory<Cache>& memory, int64_t row, const float* qkv) {
@@ -281,7 +309,9 @@ void decode_remember(const Decode& call, int64_t layer, int64_t row, int64_t hea
 void decode_attend(const Decode& call, int64_t layer, const DecodeBlock& block, int64_t head, const DecodeRowsOf& qkv,
                    const DecodeRowsOf& attended, float* scratch) {
   with_cache(call.model->cache, [&](auto kind) {
-    attend(call, Memory<decltype(kind)>(call, layer, head), block, qkv, attended, Bench(*call.model, scratch));
+    using Cache = decltype(kind);
+    const Memory<Cache> memory(call, layer, head);
+    BlockAttention<Cache>(call, memory, block, Bench(*call.model, scratch)).run(qkv, attended, block.first);
   });
 }
 
