@@ -2,20 +2,20 @@
 #pragma once
 
 #include "isa.h"
+#include "tile.h"
 
 namespace dalle_fast {
 
 struct TokenChoice {
   int64_t n_codes;    // at least 1
-  int64_t top_k;      // 0 or at least n_codes: all stay
+  int64_t top_k;      // 0 or at least n_codes: all stay; 1: the largest logit, the first among equals
   float temperature;  // 0: the largest logit
   double top_p;       // 1: all stay
-  int32_t noise;      // 0: the largest logit
   uint32_t stream;
 };
 
 // Floats: values, their distances (32 bits) and weights (64 bits) in a selection, its 2048 bins and one (64 bits).
-constexpr int64_t choose_token_room(int64_t n_codes) { return (n_codes + 31) / 32 * 32; }
+constexpr int64_t choose_token_room(int64_t n_codes) { return filled(n_codes, 32); }
 constexpr int64_t choose_token_scratch(int64_t n_codes) { return 4 * choose_token_room(n_codes) + 2 * 2048 + 16; }
 
 }  // namespace dalle_fast

@@ -304,7 +304,7 @@ void choose_token(const TokenChoice& choice, const float* logits, uint64_t seed,
   const Selection selection{reinterpret_cast<uint32_t*>(scratch + room), reinterpret_cast<uint64_t*>(scratch + 2 * room),
                             reinterpret_cast<uint64_t*>(scratch + 4 * room)};
   const float largest = copy_and_find_largest(logits, n, values);
-  const bool greedy = !choice.noise || choice.temperature == 0.0f || choice.top_k == 1;
+  const bool greedy = choice.temperature == 0.0f || choice.top_k == 1;
   // What is not finite after the division has no softmax: the limit of ever smaller temperatures, then.
   const float largest_divided = greedy ? 0.0f : largest / choice.temperature;
   if (greedy || !is_finite(largest_divided)) {

@@ -21,7 +21,7 @@ enum Branch { kAttention, kFeedForward };
 struct Workspace {
   float* next;
   DecodeRowsOf rows(int64_t count, int64_t width) {
-    const DecodeRowsOf piece{next, padded16(width) + 16};
+    const DecodeRowsOf piece{next, filled(width, 16) + 16};
     next += count * piece.stride;
     return piece;
   }
@@ -87,7 +87,7 @@ struct Job {
 class Decoding {
  public:
   explicit Decoding(Job& job) : job_(job), call_(job.call), model_(job.model), walk_(job.tickets) {
-    const int64_t choosing = choose_token_scratch(call_.draw.choice.n_codes) + padded16(call_.draw.choice.n_codes);
+    const int64_t choosing = choose_token_scratch(call_.draw.choice.n_codes) + filled(call_.draw.choice.n_codes, 16);
     const int64_t deepest = std::max({model_.dim, model_.inner(), model_.inner_ff});
     const int64_t multiplying = packed_product_scratch(model_.weights, call_.rows.count, deepest);
     scratch_ = of_tasks.take(std::max({multiplying, decode_attend_scratch(model_), choosing}));

@@ -34,7 +34,7 @@ void with_cache(Element element, const Function& function) {
 
 // A head's query, key or value as a padded row, turned.
 void read_turned(const DecodeModel& model, const float* from, int64_t position, float* to) {
-  const int64_t width = padded16(model.dim_head);
+  const int64_t width = filled(model.dim_head, 16);
   load_row(from, model.dim_head, width, to);
   if (model.cosines == nullptr) return;
   turn_row<false>(to, width, model.cosines + position * width, model.sines + position * width);
@@ -53,7 +53,7 @@ struct Memory {
   Memory(const Decode& call, int64_t layer, int64_t of_head)
       : model(*call.model), windows(model.layers[layer].windows), cache(call.caches->layers[layer]), head(of_head) {}
 
-  int64_t width() const { return padded16(model.dim_head); }
+  int64_t width() const { return filled(model.dim_head, 16); }
   Number* text_keys(int64_t prompt, int64_t panel) const {
     const int64_t size = panel_rows<Panel>(model.dim_head) * kPanel;
     return static_cast<Number*>(cache.text_keys) + ((prompt * model.heads + head) * panels_of(model.text_len) + panel) * size;
@@ -178,7 +178,7 @@ struct Bench {
   float *totals, *queries, *query, *out, *scores;
 
   Bench(const DecodeModel& model, float* scratch)
-      : width(padded16(model.dim_head)), score_stride(padded16(model.text_len) + padded16(model.n_image())) {
+      : width(filled(model.dim_head, 16)), score_stride(filled(model.text_len, 16) + filled(model.n_image(), 16)) {
     Arena arena{scratch};
     totals = arena.take(kAttendRows * kPanel);
     queries = arena.take(kAttendRows * width);
@@ -218,7 +218,7 @@ struct BlockAttention {
         text(position[0] < model.text_len),
         prompt(text ? sequence[0] : call.caches->prompt_of[sequence[0]]),
         n_text(text ? last_position() + 1 : model.text_len),
-        n_padded(padded16(n_text)) {}
+        n_padded(filled(n_text, 16)) {}
 
   // first_row: of the block, in both.
   void run(const DecodeRowsOf& qkv, const DecodeRowsOf& attended, int64_t first_row) {
@@ -263,8 +263,8 @@ struct BlockAttention {
       for (int64_t d = 0; d < bench.width; ++d) bench.query[arranged(pairs, d)] = bench.queries[i * bench.width + d];
       seen = score_window(memory.windows, position[i] - model.text_len, memory.image_keys(sequence[i]), bench.width, bench.query, own);
     }
-    fill(own + seen, own + padded16(seen), -kInfinity);
-    sums[i] = weigh(scores, n_padded + padded16(seen));
+    fill(own + seen, own + filled(seen, 16), -kInfinity);
+    sums[i] = weigh(scores, n_padded + filled(seen, 16));
   }
 
   void finish_row(int64_t i, float* attended) {

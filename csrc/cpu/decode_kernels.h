@@ -20,12 +20,10 @@ struct DecodeBlock {
   int64_t first, count;
 };
 
-constexpr int64_t padded16(int64_t width) { return (width + 15) / 16 * 16; }
-
 // Of decode_attend: queries, one arranged, scores, totals of one panel, results.
 inline int64_t decode_attend_scratch(const DecodeModel& model) {
-  const int64_t head = padded16(model.dim_head);
-  const int64_t scores = padded16(model.text_len) + padded16(model.n_image());
+  const int64_t head = filled(model.dim_head, 16);
+  const int64_t scores = filled(model.text_len, 16) + filled(model.n_image(), 16);
   return kAttendRows * (2 * head + scores + kPanel) + head;
 }
 

@@ -96,49 +96,48 @@ static inline Vec where_bits(uint64_t bits, Vec value, Vec otherwise) {
 #endif
 }
 
-// The sum of all lanes, by halves: lane i and lane i + kWidth / 2, and so on.
-static inline float sum_of_lanes(Vec x) {
-  typedef float V4 __attribute__((vector_size(16)));
-  V4 quarter;
+// The sums of lanes i, i + 4, i + 8, ..., by halves.
+typedef float Vec4 __attribute__((vector_size(16)));
+static inline Vec4 sums_of_fours(Vec x) {
 #if defined(__AVX512F__)
   const __m512 whole = reinterpret_cast<__m512>(x);
   const __m256 half = _mm512_castps512_ps256(whole) + _mm512_extractf32x8_ps(whole, 1);
-  quarter = reinterpret_cast<V4>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+  return reinterpret_cast<Vec4>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
   const __m256 half = reinterpret_cast<__m256>(x);
-  quarter = reinterpret_cast<V4>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+  return reinterpret_cast<Vec4>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #else
-  quarter = x;
+  return x;
 #endif
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+static inline float sum_of_lanes(Vec x) {
+  const Vec4 sums = sums_of_fours(x);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+// Of every four lanes a0 a1 a2 a3 and b0 b1 b2 b3: a[first] b[first] a[first + 1] b[first + 1], for first 0 or 2.
+template <int kFirst>
+static inline Vec interleave(Vec a, Vec b) {
+  VecI from;
+  for (int i = 0; i < kWidth; ++i) from[i] = i / 4 * 4 + kFirst + i % 4 / 2 + i % 2 * kWidth;
+  return __builtin_shuffle(a, b, from);
+}
+
+// a[first] a[first + 1] b[first] b[first + 1], likewise.
+template <int kFirst>
+static inline Vec join_pairs(Vec a, Vec b) {
+  VecI from;
+  for (int i = 0; i < kWidth; ++i) from[i] = i / 4 * 4 + kFirst + i % 2 + i % 4 / 2 * kWidth;
+  return __builtin_shuffle(a, b, from);
 }
 
 // to[i] = the sum of all lanes of x[i], in one order for every i; a third of the instructions of four sums apart.
 static inline void sums_of_lanes(const Vec x[4], float* to) {
-#if defined(__SSE2__)
-#if defined(__AVX512F__)
-  const __m512 a = reinterpret_cast<__m512>(x[0]), b = reinterpret_cast<__m512>(x[1]);
-  const __m512 c = reinterpret_cast<__m512>(x[2]), d = reinterpret_cast<__m512>(x[3]);
-  const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-  const __m512 fours = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);
-  const __m256 eights = _mm512_castps512_ps256(fours) + _mm512_extractf32x8_ps(fours, 1);
-  const __m128 sums = _mm256_castps256_ps128(eights) + _mm256_extractf128_ps(eights, 1);
-#elif defined(__AVX2__)
-  const __m256 a = reinterpret_cast<__m256>(x[0]), b = reinterpret_cast<__m256>(x[1]);
-  const __m256 c = reinterpret_cast<__m256>(x[2]), d = reinterpret_cast<__m256>(x[3]);
-  const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b), cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
-  const __m256 eights = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
-  const __m128 sums = _mm256_castps256_ps128(eights) + _mm256_extractf128_ps(eights, 1);
-#else
-  const __m128 a = reinterpret_cast<__m128>(x[0]), b = reinterpret_cast<__m128>(x[1]);
-  const __m128 c = reinterpret_cast<__m128>(x[2]), d = reinterpret_cast<__m128>(x[3]);
-  const __m128 ab = _mm_unpacklo_ps(a, b) + _mm_unpackhi_ps(a, b), cd = _mm_unpacklo_ps(c, d) + _mm_unpackhi_ps(c, d);
-  const __m128 sums = _mm_shuffle_ps(ab, cd, 0x44) + _mm_shuffle_ps(ab, cd, 0xEE);
-#endif
-  _mm_storeu_ps(to, sums);
-#else
-  for (int i = 0; i < 4; ++i) to[i] = sum_of_lanes(x[i]);
-#endif
+  const Vec first = interleave<0>(x[0], x[1]) + interleave<2>(x[0], x[1]);
+  const Vec second = interleave<0>(x[2], x[3]) + interleave<2>(x[2], x[3]);
+  const Vec4 sums = sums_of_fours(join_pairs<0>(first, second) + join_pairs<2>(first, second));
+  memcpy(to, &sums, sizeof(sums));
 }
 
 static inline float max_of_lanes(Vec x) {

@@ -72,8 +72,6 @@ constexpr int kPack = 48;       // channels that lie side by side where a produc
 constexpr int kMostTiles = 4;   // of a forward task: they share packed codes, their results stay in the second-level cache
 constexpr int kMostSlices = 32;  // of codes in the backward pass
 
-constexpr int64_t filled(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
 // Floats of [channels, kTile], rows across the lanes.
 constexpr int64_t tile_columns(int64_t channels) { return (filled(channels, 16) + kSpareRows) * kTile; }
 // Of [kBlock, channels] and of [kBlock, kTile].

@@ -37,14 +37,10 @@ constexpr int64_t panel_rows(int64_t depth) {
 constexpr int kLeastColumns = 16;
 constexpr int kLine = 64;  // bytes of a cache line
 
-// As many rows at a time as the registers hold, and vectors of columns beside so many rows. Many rows and few vectors: what turns a
-// weight into a float32 is paid once for all rows.
-constexpr int kMostRows = kWidth == 16 ? 6 : kWidth == 8 ? 6 : 2;
-constexpr int vectors_beside(int rows) {
-  if (kWidth == 16) return 4;
-  if (kWidth == 8) return rows == 1 ? 8 : 2;
-  return 4;
-}
+// As many rows at a time as the registers hold, and vectors of columns beside so many rows; one row takes more columns, whose
+// chains hide the latency of sums.
+constexpr int kMostRows = kWidth >= 8 ? 6 : 2;
+constexpr int vectors_beside(int rows) { return kWidth == 8 ? (rows == 1 ? 8 : 2) : 4; }
 
 // What a product is made of: chains of a chunk of a panel, for some rows and columns.
 struct PanelChunk {

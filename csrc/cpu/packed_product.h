@@ -46,7 +46,7 @@ struct PackedProduct {
 constexpr int64_t chunks_of(int64_t depth) { return (depth + kChunk - 1) / kChunk; }
 
 // Of a row of int16; a line more, so that rows do not lie a power of two apart.
-constexpr int64_t rounded_stride(int64_t depth) { return (depth + 31) / 32 * 32 + 32; }
+constexpr int64_t rounded_stride(int64_t depth) { return filled(depth, 32) + 32; }
 
 // Floats for totals, and for the rows as integers.
 constexpr int64_t packed_product_scratch(PackedElement element, int64_t rows, int64_t depth) {

@@ -17,7 +17,7 @@ class TokenChoice(ctypes.Structure):
 
     _fields_ = [
         *(("n_codes", _I64), ("top_k", _I64), ("temperature", ctypes.c_float), ("top_p", ctypes.c_double)),
-        *(("noise", ctypes.c_int32), ("stream", ctypes.c_uint32)),
+        ("stream", ctypes.c_uint32),
     ]
 
     @classmethod
@@ -25,10 +25,9 @@ class TokenChoice(ctypes.Structure):
         cls, n_codes: int, stream: int, *, top_k: int | None, temperature: float, top_p: float | None
     ) -> TokenChoice:
         """Filters as `dalle_fast.ops.choose_token` takes them; None keeps all."""
-        noise = temperature > 0 and top_k != 1
         # An int64 there, any int here.
         k = 0 if top_k is None else min(top_k, n_codes)
-        return cls(n_codes, k, temperature, 1.0 if top_p is None else top_p, noise, stream)
+        return cls(n_codes, k, temperature, 1.0 if top_p is None else top_p, stream)
 
 
 def choose_token(

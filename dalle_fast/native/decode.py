@@ -136,17 +136,15 @@ def _panels(width: int) -> int:
 
 
 def layer_caches(
-    text: tuple[Tensor, Tensor] | None,
+    text: tuple[Tensor, Tensor],
     image: Sequence[tuple[Tensor, Tensor]],
     text_shift: Sequence[Sequence[Tensor]],
     image_shift: Sequence[Sequence[Tensor]],
-    depth: int,
 ) -> ctypes.Array[DecodeLayerCache]:
-    """The layers' structures over these tensors; parts that a call does not need may be empty."""
-    layers = (DecodeLayerCache * depth)()
+    """The layers' structures over these tensors; the others may be empty where a call does not need them."""
+    layers = (DecodeLayerCache * len(text[0]))()
     for i, layer in enumerate(layers):
-        if text is not None:
-            layer.text_keys, layer.text_values = (part[i].data_ptr() for part in text)
+        layer.text_keys, layer.text_values = (part[i].data_ptr() for part in text)
         if image:
             layer.image_keys, layer.image_values = (part.data_ptr() for part in image[i])
         for shifts, pointers in ((text_shift, layer.text_shift), (image_shift, layer.image_shift)):

@@ -22,7 +22,8 @@ Filters = dict[str, Any]  # top_k, temperature, top_p
 
 def _reference(logits: Tensor, seeds: Tensor, positions: Tensor, stream: int, filters: Filters) -> Tensor:
     """The oracle, with the noise written out first by the fastest implementation of `gumbel_noise`."""
-    noise = gumbel_noise(seeds, positions, rng.Stream(stream), logits.shape[1]) if needs_noise(**filters) else None
+    greedy = filters["temperature"] == 0 or filters["top_k"] == 1
+    noise = None if greedy else gumbel_noise(seeds, positions, rng.Stream(stream), logits.shape[1])
     return reference.choose_token(logits, noise, **filters)
 
 
@@ -93,11 +94,6 @@ def choose_token(
 def facts(logits: Tensor) -> dict[str, object]:
     """What decides which implementation runs: `dalle_fast.explain("choose_token", **facts(logits))`."""
     return {"device": logits.device.type, "dtype": logits.dtype}
-
-
-def needs_noise(*, top_k: int | None, temperature: float, top_p: float | None) -> bool:
-    """False where the filters leave nothing but the most likely token."""
-    return temperature > 0 and top_k != 1
 
 
 def check_filters(op: str, *, top_k: int | None, temperature: float, top_p: float | None) -> None:

@@ -94,7 +94,7 @@ class Texts:
         logits = torch.empty(rows.wanted, self.model.n_text_ids if of_text else self.model.n_codes)
         text = self.keys[:, first : first + k], self.values[:, first : first + k]
         rings = [[ring[0 if self.shared else first :] for ring in layer] for layer in self._rings]
-        layers = layer_caches(text, [], rings, [], self.keys.shape[0])
+        layers = layer_caches(text, [], rings, [])
         none = torch.zeros(1, dtype=torch.long)
         caches = _caches(layers, none, self._ring_slots, 0)
         decode.run(model, caches, rows, logits, self._workspace.of(model, k * m))
@@ -132,7 +132,7 @@ class Samples:
         self._fresh = False
         self._prompt_of = prompt_of.contiguous()
         text = texts.keys, texts.values
-        self._layers = layer_caches(text, self._image, [], self._rings, len(self._image))
+        self._layers = layer_caches(text, self._image, [], self._rings)
         self._caches = _caches(self._layers, self._prompt_of, 0, self._ring_slots)
 
     def read(self, tokens: Tensor, start: int, *, last_only: bool) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from dalle_fast import rng
-from dalle_fast.ops.choose_token import check_filters, choose_token, needs_noise
+from dalle_fast.ops.choose_token import check_filters, choose_token
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class Filters:
         if top_k is None:
             top_k = max(int((1 - filter_thres) * vocabulary), 1)
         return cls(temperature, top_k, top_p)
-
-    @property
-    def needs_noise(self) -> bool:
-        return needs_noise(**asdict(self))
 
     def token(self, logits: Tensor, seeds: int | Sequence[int] | Tensor, position: int, stream: rng.Stream) -> Tensor:
         """Token ids [B] for `position`, from logits [B, K] and one seed each (see `dalle_fast.ops.choose_token`)."""

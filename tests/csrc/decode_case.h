@@ -66,7 +66,7 @@ struct DecodeCase {
     call.rows = {samples, sequence.data(), place.data(), token.data(), alone.data(), samples, sequence.data(), 0};
     call.logits = every.data(), call.workspace = room.data();
     for (int64_t first = 0; first < kImage; first += steps_at_once) {
-      call.draw = {samples, steps_at_once, first, 0, 1.0f, {kCodes, 9, 0.9f, 0.95, 1, 0}, seeds.data(), codes.data()};
+      call.draw = {samples, steps_at_once, first, 0, 1.0f, {kCodes, 9, 0.9f, 0.95, 0}, seeds.data(), codes.data()};
       if (dalle_fast_decode(&call) != 0) return {};
     }
     return codes;

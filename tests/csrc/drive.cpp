@@ -174,7 +174,7 @@ void drive_choose_tokens(int64_t rows, int64_t codes) {
     for (int64_t top_k : {int64_t{0}, int64_t{1}, int64_t{5}, codes}) {
       for (float temperature : {0.0f, 1e-39f, 1.0f}) {
         for (double top_p : {0.5, 1.0}) {
-          const dalle_fast::TokenChoice choice{codes, top_k, temperature, top_p, 1, 2};
+          const dalle_fast::TokenChoice choice{codes, top_k, temperature, top_p, 2};
           std::vector<int64_t> tokens(rows, -7);
           const int32_t status =
               dalle_fast_choose_tokens(&choice, logits.data(), rows, seeds.data(), positions.data(), tokens.data());
