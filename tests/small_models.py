@@ -1,6 +1,9 @@
 """Small models for the sampler's tests: every path matters, so nothing is left at its initial value."""
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
@@ -36,3 +39,14 @@ def prompts(batch: int) -> torch.Tensor:
     text = torch.randint(1, 20, (batch, 5), generator=torch.Generator().manual_seed(batch))
     text[-1:, 3:] = 0
     return text
+
+
+def saved_model(directory: Path, **options) -> Path:
+    """`small_dalle` in float32, saved with a tokenizer of six words, captions and examples; returns the directory."""
+    words = ["[PAD]", "red", "green", "apple", "a", "flag"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    small_dalle(torch.float32, **options).save_pretrained(directory, tokenizer=tokenizer)
+    (directory / "captions.txt").write_text("red apple\ngreen apple\n")
+    (directory / "examples.txt").write_text("red apple\na flag\n")
+    return directory
