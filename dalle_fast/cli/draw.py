@@ -2,94 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
 import torch
 from tqdm import tqdm
 
-from dalle_fast.models.dalle import DALLE
+from dalle_fast.sampling.drawing_model import SHIPPED_MODEL, DrawingModel, SamplingSettings
 from dalle_fast.sampling.gallery import labelled_grid, to_pixels
 from dalle_fast.sampling.prompts import KnownCaptions
-from dalle_fast.tokenizers.hug import HugTokenizer
-
-SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How codes are drawn; what is not said is as in `DALLE.generate_images`."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    cond_scale: float = 1.0
-
-    @classmethod
-    def read(cls, path: Path) -> SamplingSettings:
-        """From a JSON object with some of these keys. Raises ValueError (no such object, unknown key), TypeError."""
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise ValueError(f"draw: {path} must be JSON, got something else ({error}). Write it again.") from None
-        if not isinstance(stored, dict):
-            raise ValueError(f"draw: {path} must hold a JSON object, got {stored!r}. Write it again.")
-        keys = [field.name for field in fields(cls)]
-        for key in stored:
-            if key not in keys:
-                raise ValueError(f"draw: {path} must have no keys but {', '.join(keys)}, got {key!r}. Remove it.")
-        return cls(
-            temperature=_number(stored.get("temperature", cls.temperature), "temperature", path),
-            top_k=_integer_or_none(stored.get("top_k", cls.top_k), "top_k", path),
-            cond_scale=_number(stored.get("cond_scale", cls.cond_scale), "cond_scale", path),
-        )
-
-
-def _number(value: object, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"draw: {path}: {key} must be a number, got {value!r}. Correct the file.")
-    return value
-
-
-def _integer_or_none(value: object, key: str, path: Path) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"draw: {path}: {key} must be an integer or null, got {value!r}. Correct the file.")
-    return value
-
-
-@dataclass(frozen=True)
-class DrawingModel:
-    """A saved model with what drawing needs beside the weights."""
-
-    dalle: DALLE
-    tokenizer: HugTokenizer
-    captions: KnownCaptions | None
-    examples: list[str]
-    settings: SamplingSettings
-
-    @classmethod
-    def read(cls, directory: Path) -> DrawingModel:
-        """From a directory of `save_pretrained` with tokenizer.json.
-
-        Where there are, it also reads captions.txt, examples.txt and sampling.json.
-        """
-        if directory == SHIPPED_MODEL and not directory.is_dir():
-            raise FileNotFoundError(
-                "draw: the shipped model is part of the repository, not of an installed package;"
-                f" {directory} is not there. Name a saved model with --model."
-            )
-        dalle = DALLE.from_pretrained(directory)
-        tokenizer = HugTokenizer(directory / "tokenizer.json")
-        captions, examples, sampling = (directory / name for name in ("captions.txt", "examples.txt", "sampling.json"))
-        return cls(
-            dalle,
-            tokenizer,
-            KnownCaptions.read(captions) if captions.is_file() else None,
-            examples.read_text(encoding="utf-8").splitlines() if examples.is_file() else [],
-            SamplingSettings.read(sampling) if sampling.is_file() else SamplingSettings(),
-        )
 
 
 @click.command()
@@ -144,11 +66,7 @@ def draw(
         chosen = list(prompts) or model.examples
         if not chosen or not all(prompt.strip() for prompt in chosen):
             raise ValueError("draw: prompts must be texts, got an empty one. Say what to draw.")
-        settings = SamplingSettings(
-            temperature=model.settings.temperature if temperature is None else temperature,
-            top_k=model.settings.top_k if top_k is None else top_k,
-            cond_scale=model.settings.cond_scale if cond_scale is None else cond_scale,
-        )
+        settings = model.settings.overridden(temperature=temperature, top_k=top_k, cond_scale=cond_scale)
         rows, seconds = _drawn(model, chosen, images_per_prompt, seed, settings)
     except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from None
@@ -175,6 +93,7 @@ def _drawn(
             seed=seed,
             temperature=settings.temperature,
             top_k=settings.top_k,
+            top_p=settings.top_p,
             cond_scale=settings.cond_scale,
             on_tokens=lambda first, codes: bar.update(codes.numel()),
         )

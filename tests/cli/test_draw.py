@@ -64,7 +64,7 @@ def test_the_settings_of_the_model_hold_unless_the_call_says_otherwise(saved, tm
     [
         ("{", "sampling.json must be JSON"),
         ("[1]", "sampling.json must hold a JSON object"),
-        ('{"top_p": 0.5}', "got 'top_p'"),
+        ('{"top_q": 0.5}', "got 'top_q'"),
         ('{"temperature": "1"}', "sampling.json: temperature must be a number, got '1'"),
         ('{"cond_scale": true}', "sampling.json: cond_scale must be a number, got True"),
         ('{"top_k": 2.5}', "sampling.json: top_k must be an integer or null, got 2.5"),

@@ -1,0 +1,170 @@
+"""A saved model with what drawing needs beside its weights: tokenizer, known captions, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle_fast.models.dalle import DALLE
+from dalle_fast.sampling.job import DTYPES
+from dalle_fast.sampling.prompts import KnownCaptions
+from dalle_fast.tokenizers.hug import HugTokenizer
+
+SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How codes are drawn; what is not said is as in `DALLE.generate_images`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cond_scale: float = 1.0
+
+    @classmethod
+    def read(cls, path: Path) -> SamplingSettings:
+        """From a JSON object with some of these keys. Raises ValueError (no such object, unknown key), TypeError."""
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise ValueError(f"{path} must be JSON, got something else ({error}). Write it again.") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {stored!r}. Write it again.")
+        keys = [field.name for field in fields(cls)]
+        for key in stored:
+            if key not in keys:
+                raise ValueError(f"{path} must have no keys but {', '.join(keys)}, got {key!r}. Remove it.")
+        top_p = stored.get("top_p", cls.top_p)
+        return cls(
+            temperature=_number(stored.get("temperature", cls.temperature), "temperature", path),
+            top_k=_integer_or_none(stored.get("top_k", cls.top_k), "top_k", path),
+            top_p=None if top_p is None else _number(top_p, "top_p", path),
+            cond_scale=_number(stored.get("cond_scale", cls.cond_scale), "cond_scale", path),
+        )
+
+    def overridden(
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cond_scale: float | None = None,
+    ) -> SamplingSettings:
+        """Those that are given here, and these for the others."""
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
+        return replace(self, **{key: value for key, value in given.items() if value is not None})
+
+
+def _number(value: object, key: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{path}: {key} must be a number, got {value!r}. Correct the file.")
+    return float(value)
+
+
+def _integer_or_none(value: object, key: str, path: Path) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{path}: {key} must be an integer or null, got {value!r}. Correct the file.")
+    return value
+
+
+@dataclass(frozen=True)
+class DrawingModel:
+    """A saved model in memory.
+
+    Attributes:
+        dalle: in evaluation mode; its VAE is float32 whatever the dtype.
+        captions: that it was trained on; None where nobody wrote them down.   examples: prompts that show it.
+        settings: that its makers recommend.
+        dtype: of the transformer, one of `job.DTYPES`.
+    """
+
+    dalle: DALLE
+    tokenizer: HugTokenizer
+    captions: KnownCaptions | None
+    examples: list[str]
+    settings: SamplingSettings
+    dtype: str = "float32"
+
+    @classmethod
+    def read(cls, directory: Path, *, dtype: str = "float32", device: str = "cpu") -> DrawingModel:
+        """From a directory of `save_pretrained` with tokenizer.json.
+
+        Where there are, it also reads captions.txt, examples.txt and sampling.json.
+
+        Args:
+            dtype: of the transformer; int8: bfloat16, its matrices held in 8 bits while it draws.
+            device: torch's name of one.
+        Raises: FileNotFoundError, ValueError, TypeError (what the files hold, an unknown dtype, a device that is not
+            there).
+        """
+        if directory == SHIPPED_MODEL and not directory.is_dir():
+            raise FileNotFoundError(
+                "model: the shipped model is part of the repository, not of an installed package;"
+                f" {directory} is not there. Name a saved model with --model."
+            )
+        if dtype not in DTYPES:
+            raise ValueError(f"model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        _check_device(device)
+        dalle = DALLE.from_pretrained(directory, device=device)
+        vae, dalle.vae = dalle.vae, None
+        dalle.to(torch.bfloat16 if dtype == "int8" else getattr(torch, dtype))
+        dalle.vae = vae
+        tokenizer = HugTokenizer(directory / "tokenizer.json")
+        captions, examples, sampling = (directory / name for name in ("captions.txt", "examples.txt", "sampling.json"))
+        return cls(
+            dalle,
+            tokenizer,
+            KnownCaptions.read(captions) if captions.is_file() else None,
+            examples.read_text(encoding="utf-8").splitlines() if examples.is_file() else [],
+            SamplingSettings.read(sampling) if sampling.is_file() else SamplingSettings(),
+            dtype,
+        )
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """What `DALLE.generate_images` takes under this name."""
+        return torch.int8 if self.dtype == "int8" else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return self.dalle.to_logits.weight.device
+
+    def token_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
+        """Ids of prompts, lower-cased as the captions of the training were: int64 [B, text_seq_len], on the CPU.
+
+        Args: truncate: cut a prompt that is longer than the model's text.
+        Raises: ValueError (a prompt too long, with its number, from 1, and its text), TypeError (not text).
+        """
+        most = self.dalle.text_seq_len
+        rows = torch.zeros(len(prompts), most, dtype=torch.long)
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
+            ids = self.tokenizer.encode(prompt.lower() if isinstance(prompt, str) else prompt)
+            if len(ids) > most and not truncate:
+                raise ValueError(
+                    f"sample: prompt {number} must have at most {most} tokens, got {len(ids)} in {_shown(prompt)}. "
+                    "Shorten it, or let --truncate cut it."
+                )
+            row[: len(ids)] = torch.tensor(ids[:most], dtype=torch.long)
+        return rows
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()  # item: so that the device must compute, which "meta" does not
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"model: device must be one that torch finds here, such as cpu or cuda, got {device!r} ({reason})."
+        ) from None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...")

@@ -1,0 +1,149 @@
+"""Ranking: what scores pictures, and the best of those that come by."""
+
+from __future__ import annotations
+
+import heapq
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_fast.models.clip import CLIP
+from dalle_fast.sampling.drawing_model import DrawingModel
+from dalle_fast.sampling.job import Sample
+from dalle_fast.tokenizers.base import BatchTokenizer
+from dalle_fast.tokenizers.hug import HugTokenizer
+
+# (prompts, images [B, C, H, W], float32 in 0..1) -> scores [B], higher is better; C as the model draws, mostly 3
+Ranker = Callable[[list[str], Tensor], Tensor]
+
+
+class ClipRanker:
+    """Scores by the similarities of a CLIP of this package; a text that is too long for it is cut.
+
+    Args: clip: in evaluation mode.   tokenizer: of its texts, which are lower-cased.
+    """
+
+    def __init__(self, clip: CLIP, tokenizer: BatchTokenizer) -> None:
+        self.clip, self.tokenizer = clip, tokenizer
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], images: Tensor) -> Tensor:
+        """Similarities [B]."""
+        lower = [prompt.lower() for prompt in prompts]
+        text = self.tokenizer.tokenize(lower, self.clip.text_seq_len, truncate_text=True)
+        return self.clip(text.to(images.device), images)
+
+
+def load_ranker(rank: str, model: DrawingModel) -> Ranker:
+    """The ranker of this name, for pictures of this model and on its device.
+
+    Args: rank: directory of a saved CLIP, which reads with its own tokenizer.json or, without one, with the model's;
+        or "module:function", a `Ranker` that Python finds.
+    Raises: ValueError, FileNotFoundError (nothing of this name, a CLIP that does not fit the model).
+    """
+    if Path(rank).is_dir():
+        return _load_clip(Path(rank), model)
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", rank):
+        raise ValueError(
+            f"sample: rank must be a saved CLIP's directory or module:function, got {rank!r}, which is neither."
+        )
+    module_name, _, path = rank.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"sample: rank must name a module that Python can import, got {rank!r} ({error}). "
+            "Is its folder on PYTHONPATH?"
+        ) from None
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    if not callable(found):
+        raise ValueError(f"sample: rank must name a function of {module_name}, got {rank!r}, which is none.")
+    return found
+
+
+def scores_of(ranker: Ranker, prompts: list[str], images: Tensor) -> Tensor:
+    """What a ranker says, checked.
+
+    Args: images: [B, C, H, W], float32 in 0..1.
+    Returns: float32 [B], on the CPU.
+    Raises: ValueError (other than one finite number a picture), and what the ranker raises.
+    """
+    said = ranker(prompts, images)
+    try:
+        scores = torch.as_tensor(said)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(_must_score(ranker, len(images), f"{type(said).__name__} ({error})")) from None
+    if scores.dtype == torch.bool or scores.is_complex() or list(scores.shape) != [len(images)]:
+        kind = str(scores.dtype).removeprefix("torch.")
+        raise ValueError(_must_score(ranker, len(images), f"{kind} {list(scores.shape)}"))
+    scores = scores.detach().to("cpu", torch.float32)
+    if not scores.isfinite().all():
+        worst = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(_must_score(ranker, len(images), f"{scores[worst].item()} for {prompts[worst]!r:.60}"))
+    return scores
+
+
+class TopK:
+    """The best of the samples that are offered, in any order: by score, equal ones by index.
+
+    Args: keep: how many; None: all.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self._keep = keep
+        self._heap: list[tuple[float, int, Sample, float | None, Tensor | None]] = []  # the worst first
+
+    def offer(self, sample: Sample, score: float | None, pixels: Tensor | None) -> None:
+        """Takes a sample, or leaves it; of samples without scores the first are the best.
+
+        Args: pixels: copied if they are taken: they may be a part of a batch that goes.
+        """
+        rank = (0.0 if score is None else score, -sample.index)
+        full = self._keep is not None and len(self._heap) == self._keep
+        if full and rank < self._heap[0][:2]:
+            return
+        taken = (*rank, sample, score, None if pixels is None else pixels.clone())
+        if full:
+            heapq.heapreplace(self._heap, taken)
+        else:
+            heapq.heappush(self._heap, taken)
+
+    def kept(self) -> list[tuple[Sample, float | None, Tensor | None]]:
+        """(sample, score, pixels), the best first."""
+        best = sorted(self._heap, key=lambda item: item[:2], reverse=True)
+        return [(sample, score, pixels) for _, _, sample, score, pixels in best]
+
+
+def _load_clip(directory: Path, model: DrawingModel) -> ClipRanker:
+    own = directory / "tokenizer.json"
+    clip = CLIP.from_pretrained(directory, device=model.device)
+    tokenizer = HugTokenizer(own) if own.is_file() else model.tokenizer
+    vae, most = model.dalle.vae, model.dalle.text_seq_len
+    side, sides = clip.visual_image_size, vae.image_size
+    if (side, clip.channels) != (sides, vae.channels):
+        raise ValueError(
+            f"sample: the CLIP in {directory} must score what the model draws, pictures {sides} x {sides} with "
+            f"{vae.channels} channels, got one for {side} x {side} with {clip.channels}. Rank with one that fits."
+        )
+    if clip.num_text_tokens < tokenizer.vocab_size:
+        raise ValueError(
+            f"sample: the CLIP in {directory} must know the {tokenizer.vocab_size} tokens of its tokenizer, got "
+            f"{clip.num_text_tokens}. Put the tokenizer.json that it was trained with beside it."
+        )
+    if clip.text_seq_len < most:
+        raise ValueError(
+            f"sample: the CLIP in {directory} must read texts of {most} tokens, as the model does, got at most "
+            f"{clip.text_seq_len}. Rank with one that fits."
+        )
+    return ClipRanker(clip, tokenizer)
+
+
+def _must_score(ranker: Ranker, n: int, got: str) -> str:
+    name = getattr(ranker, "__qualname__", type(ranker).__name__)
+    return f"sample: the ranker {name} must give one finite number a picture, [{n}], got {got}."
