@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dalle_fast import rng
-from dalle_fast.sampling.job import JobConfig, Sample
-from dalle_fast.sampling.token_files import chunk_name
+from dalle_fast.sampling.job import JobConfig, Sample, hash_codes
+from dalle_fast.sampling.stream import Drawer
+from dalle_fast.sampling.token_files import KNOWN, chunk_name, read_chunk, read_known
 
 MANIFEST = "manifest.jsonl"
 
@@ -92,10 +95,41 @@ class Record:
             raise _corrupt(where, f"seed {record.seed}")
         if record.kept != (record.image is not None):
             raise _corrupt(where, f"kept {record.kept} and image {record.image!r}")
+        try:
+            stands_for = _job_of([record]).settings
+        except (TypeError, ValueError) as error:
+            raise _corrupt(where, f"{_shown(line)} ({error})") from None
+        if stands_for != record.settings or not all(_is_a(value, _JOB_HINTS[name]) for name, value in stands_for.items()):
+            raise _corrupt(where, f"settings {record.settings!r:.80}")
         return record
 
+    @property
+    def sample(self) -> Sample:
+        """The sample that this is the record of."""
+        return Sample(self.index, self.prompt_index, self.number, self.prompt, self.seed)
 
-_HINTS = typing.get_type_hints(Record)
+
+@dataclass(frozen=True)
+class _ListedJob(JobConfig):
+    """A job of one chunk, with these samples."""
+
+    listed: tuple[Sample, ...] = ()
+
+    def samples_of(self, chunk: int) -> list[Sample]:
+        return list(self.listed)
+
+
+def _job_of(records: Sequence[Record]) -> JobConfig:
+    """The job that draws these samples at a time, and scores none."""
+    one = records[0]
+    return _ListedJob(
+        prompts=tuple(record.prompt for record in records), model=one.model, model_hash=one.model_hash,
+        images_per_prompt=1, seed=0, batch_size=len(records), device=one.device, dtype=one.dtype, engine=one.engine,
+        listed=tuple(record.sample for record in records), **one.settings,
+    )  # fmt: skip
+
+
+_HINTS, _JOB_HINTS = typing.get_type_hints(Record), typing.get_type_hints(JobConfig)
 
 
 def read_manifest(path: Path) -> Iterator[Record]:
@@ -108,6 +142,83 @@ def read_manifest(path: Path) -> Iterator[Record]:
             yield Record.from_line(line, f"{path}, line {number},")
 
 
+def redraw(path: Path, index: int, *, model_dir: Path | None = None) -> tuple[Tensor, Record, list[str]]:
+    """Draws a sample of a manifest once more.
+
+    On the `cpu` engine it is drawn alone, which changes no bit; on `eager` with those that it was drawn with.
+
+    Args:
+        index: of the sample.   model_dir: where the model is now; None: where it was.
+    Returns: pixels uint8 [C, H, W]; its record; and in words what may be, or is, other than it was: the backend, the
+        stored codes. No words: the codes are those that are stored.
+    Raises: FileNotFoundError (no manifest, no model), ValueError (a corrupt manifest, no such sample, another model
+        than it was drawn with, known codes that are gone), and what drawing raises.
+    """
+    records, said = _drawn_with(path, index)
+    at = next(row for row, record in enumerate(records) if record.index == index)
+    record = records[at]
+    directory = Path(record.model) if model_dir is None else model_dir
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"sample: the model that drew sample {index} must be a saved model's directory, found none at {directory}. "
+            "Name it with --model."
+        )
+    job = replace(_job_of(records), model=str(directory))
+    drawn = Drawer(job, known=_known_of(record, path)).draw(0)
+    assert drawn.pixels is not None
+    if drawn.backend != record.backend:
+        said.append(f"sample {index} was drawn by {record.backend}; this is {drawn.backend}, which may round otherwise.")
+    said += _compared(drawn.tokens[at], record, path)
+    return drawn.pixels[at], record, said
+
+
+def _drawn_with(path: Path, index: int) -> tuple[list[Record], list[str]]:
+    """The records of the samples to draw with this one, itself among them, by index; what is to be said of them."""
+    record = next((record for record in read_manifest(path) if record.index == index), None)
+    if record is None:
+        raise ValueError(f"sample: {path} must hold the sample {index}, got no line of it. The first one has index 0.")
+    if record.engine == "cpu":
+        return [record], []
+    first, count = record.batch
+    batch = range(first, first + count)
+    found = {other.index: other for other in read_manifest(path) if other.index in batch}
+    said = []
+    if len(found) < count:
+        said.append(
+            f"sample {index} was drawn with {count - 1} others, of which {path} holds {len(found) - 1}: "
+            "without the rest it may round otherwise."
+        )
+    return [found[i] for i in sorted(found)], said
+
+
+def _known_of(record: Record, path: Path) -> Tensor | None:
+    """The known codes that a sample was drawn with."""
+    wanted = record.settings["known_hash"]
+    if wanted is None:
+        return None
+    known = read_known(path.parent)
+    if known is None or hash_codes(known) != wanted:
+        got = "none" if known is None else "others"
+        raise ValueError(
+            f"sample: {path.parent / KNOWN} must hold the known codes of sample {record.index}, got {got}. "
+            "Copy them there from the job's folder."
+        )
+    return known
+
+
+def _compared(tokens: Tensor, record: Record, path: Path) -> list[str]:
+    """What is to be said of the codes [image_seq_len] beside the stored ones."""
+    stored_in = path.parent / record.tokens
+    try:
+        stored = read_chunk(stored_in, 0).tokens
+    except (FileNotFoundError, ValueError):
+        return [f"the codes of sample {record.index} could not be compared: {stored_in} is not there or not whole."]
+    if record.row >= len(stored) or stored.shape[1:] != tokens.shape:
+        return [f"the codes of sample {record.index} could not be compared: {stored_in} is of another job."]
+    n_other = int((stored[record.row] != tokens).sum())
+    return [f"{n_other} of {len(tokens)} codes of sample {record.index} are other than in {stored_in}."] if n_other else []
+
+
 def best_first(records: Iterable[Record]) -> list[Record]:
     """By score, highest first, then by index."""
     return sorted(records, key=lambda record: (-(record.score or 0.0), record.index))
@@ -118,7 +229,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (typing.get_origin(hint) or hint,)
-    return type(value) in allowed
+    return type(value) in allowed or (float in allowed and type(value) is int)
 
 
 def _refuse(constant: str) -> None:
