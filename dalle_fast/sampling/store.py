@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
-import json
 import logging
 import os
 import re
@@ -24,15 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dalle_fast.sampling.job import DrawnChunk, JobConfig, Sample
 from dalle_fast.sampling.manifest import MANIFEST, Record, best_first
 from dalle_fast.sampling.pages import Picture, PromptOnIndex, gallery_page, index_page
+from dalle_fast.sampling.pictures import is_whole_png, to_png
 from dalle_fast.sampling.token_files import (
     KNOWN, check_chunk, chunk_name, chunk_to_bytes, known_to_bytes, read_chunk, read_known,
 )  # fmt: skip
@@ -44,7 +40,6 @@ CONFIG, INDEX, IMAGES, GALLERIES = "config.yaml", "index.html", "images", "galle
 _LOCK = ".lock"
 _CHUNK_FILE = re.compile(r"tokens-(\d{6,})\.safetensors")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_PNG_END = b"IEND\xaeB`\x82"
 _ON_INDEX = 6  # pictures of a prompt
 
 _log = logging.getLogger(__name__)
@@ -199,24 +194,17 @@ class JobFolder:
         """Whether the picture of a sample is there and whole."""
         try:
             with open(self._image(sample), "rb") as file:
-                file.seek(-len(_PNG_END), os.SEEK_END)
-                return file.read() == _PNG_END
+                file.seek(-12, os.SEEK_END)
+                return is_whole_png(file.read())
         except OSError:  # not there, or shorter than that
             return False
 
     def write_image(self, sample: Sample, pixels: Tensor, score: float | None) -> None:
         """Writes the PNG of a sample: pixels uint8 [1 or 3, H, W]. Raises: OutOfSpace."""
-        info = PngInfo()
-        said: dict[str, Any] = {"prompt": sample.prompt, "seed": sample.seed, "score": score}
-        said |= {"model_hash": self._config.model_hash, "settings": json.dumps(self._config.settings)}
-        for key, value in said.items():
-            if value is not None:
-                info.add_itxt(key, str(value))
-        levels = pixels.permute(1, 2, 0).cpu().numpy()
-        png = io.BytesIO()
-        Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).save(png, "PNG", pnginfo=info)
+        c = self._config
+        png = to_png(pixels, sample, score, model_hash=c.model_hash, settings=c.settings)
         with self._telling_what_is_safe():
-            self._write(self._image(sample), [png.getvalue()], durable=False)  # `finish_prompt` makes them so
+            self._write(self._image(sample), [png], durable=False)  # `finish_prompt` makes them so
 
     # -------------------------------------------------------------------------------------------------------- prompts
 
