@@ -11,6 +11,8 @@ import click
 # Command -> (module, its click command, one line of help); reading --help imports none of them.
 COMMANDS = {
     "draw": ("dalle_fast.cli.draw", "draw", "Draw prompts with a saved model."),
+    "sample": ("dalle_fast.cli.sample", "sample", "Draw many pictures, keep the best; goes on when killed."),
+    "merge": ("dalle_fast.cli.merge", "merge", "Finish a job whose shards were drawn apart."),
     "data": ("dalle_fast.cli.data", "data", "Make data sets: image-text folders."),
     "train-vae": ("dalle_fast.cli.train", "train_vae", "Train the demo's discrete VAE."),
     "train": ("dalle_fast.cli.train", "train", "Train the demo's transformer."),
