@@ -38,18 +38,19 @@ build: $(READY)
 demo: build
 	@$(RUN) -m dalle_fast.cli draw $(if $(PROMPT),"$(PROMPT)")
 
-# One thread an op: the tests are many small ones. What depends on threads sets their number itself.
+# A process a core, one thread an op: the tests are many small ones. What depends on threads sets their number itself.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal -q --durations=10
 test test-long: export OMP_NUM_THREADS ?= 1
 
 test: build
 	@echo "make test: five to nine minutes on two cores (the slow proofs: make test-long)."
-	@$(RUN) -m pytest -m "not long and not gpu" -q --durations=10
+	@$(RUN) $(PYTEST) -m "not long and not gpu"
 
 test-long: build
 	@echo "make test-long: about 15 minutes on two cores."
-	@$(RUN) -m pytest -m "long and not gpu" -q --durations=10
+	@$(RUN) $(PYTEST) -m "long and not gpu"
 	@echo "make test-long: once more what make test proves, with extension and Triton blocked."
-	@DALLE_FAST_TEST_BARE=1 $(RUN) -m pytest -m "not long and not gpu" -q
+	@DALLE_FAST_TEST_BARE=1 $(RUN) $(PYTEST) -m "not long and not gpu"
 
 check: $(READY)
 	@$(RUN) -m ruff format --check .

@@ -143,7 +143,7 @@ def announce(folder: Path, kept: str | None, spec: str) -> None:
         print(f"  {spec}: about 0.2 GB where pip finds the CPU build, 3 GB and more for the CUDA build, which the")
         print("    default index gives on Linux; `make setup TORCH=... PIP_ARGS=...` chooses another one or index")
     print("  dalle_fast itself, editable, and its compiled extension")
-    print(f"  its requirements with the extras {EXTRAS}: about 0.5 GB, most of it Triton")
+    print(f"  its requirements with the extras {EXTRAS}: about 0.7 GB, most of it Triton and Ray")
     sys.stdout.flush()
 
 
