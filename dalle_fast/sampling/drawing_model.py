@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class SamplingSettings:
         cond_scale: float | None = None,
     ) -> SamplingSettings:
         """Those that are given here, and these for the others."""
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
+        given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
         return replace(self, **{key: value for key, value in given.items() if value is not None})
 
 

@@ -1,6 +1,7 @@
 """Codes that are given, not drawn: the first rows of a picture (priming), or all but what a mask marks (in-painting).
 
-A picture of any size is cropped to its middle square and resized to what the VAE reads; a transparent one lies on white.
+A picture of any size is cropped to its middle square and resized to what the VAE reads; a transparent one lies on
+white.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def inpainted_codes(model: DALLE, image: Path, mask: Path) -> Tensor:
     picture, marked = _read(image, "the picture to paint in"), _read(mask, "the mask", background="black")
     if picture.size != marked.size:
         raise ValueError(
-            f"sample: the mask must be as large as its picture, {_sides(picture)} pixels, got {_sides(marked)} in {mask}."
-            " Save it in that size."
+            f"sample: the mask must be as large as its picture, {_sides(picture)} pixels, got {_sides(marked)} in "
+            f"{mask}. Save it in that size."
         )
     anew = torch.from_numpy(np.array(_middle_square(marked).convert("L")) >= _WHITE)
     # Cells are those of the picture before it is resized, with all pixels that they touch: a thin line stays one.

@@ -1,7 +1,7 @@
 """Drawing the samples of a job: chunk by chunk in a process that holds the model, or as a Python iterator.
 
-    for drawn in stream_images(DrawingModel.read(SHIPPED_MODEL), ["a red apple"], images_per_prompt=512):
-        to_pil(drawn.pixels / 255).save(f"{drawn.sample.name}.png")
+for drawn in stream_images(DrawingModel.read(SHIPPED_MODEL), ["a red apple"], images_per_prompt=512):
+    to_pil(drawn.pixels / 255).save(f"{drawn.sample.name}.png")
 """
 
 from __future__ import annotations
