@@ -47,18 +47,13 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def jobs():
-    ranked = {"rank": "module:function", "keep": 2}
-    for batch_size in (1, 3, 5, 6, 64):
-        yield config(batch_size=batch_size)
-        yield config(batch_size=batch_size, **ranked)
-    yield config(batch_size=4, **ranked | {"keep": None})
+RANKED = {"rank": "module:function", "keep": 2}
+JOBS = [config(batch_size=size, **ranking) for size in (1, 3, 5, 6, 64) for ranking in ({}, RANKED)]
+JOBS += [config(batch_size=4, **RANKED | {"keep": None})]
+IDS = [f"b{job.batch_size}-{'ranked' if job.rank else 'all'}-{job.keep}" for job in JOBS]
 
 
-ids = [f"b{job.batch_size}-{'ranked' if job.rank else 'all'}-{job.keep}" for job in jobs()]
-
-
-@pytest.mark.parametrize("job", jobs(), ids=ids)
+@pytest.mark.parametrize("job", JOBS, ids=IDS)
 def test_an_interrupted_job_ends_in_the_same_bytes(tmp_path, job):
     summary = run(tmp_path / "whole", job)
     assert summary == Summary(drawn=15, found=0)
@@ -75,7 +70,7 @@ def test_an_interrupted_job_ends_in_the_same_bytes(tmp_path, job):
     assert contents(tmp_path / "whole") == expected
 
 
-@pytest.mark.parametrize("job", jobs(), ids=ids)
+@pytest.mark.parametrize("job", JOBS, ids=IDS)
 def test_chunks_may_come_in_any_order(tmp_path, job):
     run(tmp_path / "in order", job)
     for seed in range(3):
