@@ -53,9 +53,7 @@ class Record:
     batch: tuple[int, int]
 
     @classmethod
-    def of(
-        cls, config: JobConfig, sample: Sample, *, score: float | None, image: str | None, backend: str
-    ) -> Record:
+    def of(cls, config: JobConfig, sample: Sample, *, score: float | None, image: str | None, backend: str) -> Record:
         """The record of a sample of a job."""
         chunk, row = config.place_of(sample)
         return cls(
@@ -82,11 +80,13 @@ class Record:
             stored = json.loads(line.decode("utf-8"), parse_constant=_refuse)
         except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError too
             raise _corrupt(where, f"{_shown(line)} ({error})") from None
-        if not isinstance(stored, dict) or set(stored) != set(_HINTS):
+        if not isinstance(stored, dict) or stored.keys() != _TYPES.keys():
             raise _corrupt(where, _shown(line))
         for key, value in stored.items():
-            if not _is_a(value, _HINTS[key]):
+            if type(value) not in _TYPES[key]:
                 raise _corrupt(where, f"{key} {value!r:.80}")
+        if [type(number) for number in stored["batch"]] != [int, int]:
+            raise _corrupt(where, f"batch {stored['batch']!r:.80}")
         record = cls(**stored | {"batch": tuple(stored["batch"])})
         first, count = record.batch
         if not (0 <= first <= record.index == first + record.row < first + count):
@@ -99,8 +99,8 @@ class Record:
             stands_for = _job_of([record]).settings
         except (TypeError, ValueError) as error:
             raise _corrupt(where, f"{_shown(line)} ({error})") from None
-        if stands_for != record.settings or not all(_is_a(value, _JOB_HINTS[name]) for name, value in stands_for.items()):
-            raise _corrupt(where, f"settings {record.settings!r:.80}")
+        if stands_for != record.settings or any(type(stands_for[key]) not in _JOB_TYPES[key] for key in stands_for):
+            raise _corrupt(where, f"settings {record.settings!r:.200}")
         return record
 
     @property
@@ -129,7 +129,17 @@ def _job_of(records: Sequence[Record]) -> JobConfig:
     )  # fmt: skip
 
 
-_HINTS, _JOB_HINTS = typing.get_type_hints(Record), typing.get_type_hints(JobConfig)
+def _types_of(fields_of: type) -> dict[str, tuple[type, ...]]:
+    """Field -> types that JSON may give its value."""
+    types_of = {}
+    for name, hint in typing.get_type_hints(fields_of).items():
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (typing.get_origin(hint) or hint,)
+        more = (int,) if float in allowed else (list,) if tuple in allowed else ()  # JSON has neither of them apart
+        types_of[name] = (*allowed, *more)
+    return types_of
+
+
+_TYPES, _JOB_TYPES = _types_of(Record), _types_of(JobConfig)
 
 
 def read_manifest(path: Path) -> Iterator[Record]:
@@ -167,7 +177,9 @@ def redraw(path: Path, index: int, *, model_dir: Path | None = None) -> tuple[Te
     drawn = Drawer(job, known=_known_of(record, path)).draw(0)
     assert drawn.pixels is not None
     if drawn.backend != record.backend:
-        said.append(f"sample {index} was drawn by {record.backend}; this is {drawn.backend}, which may round otherwise.")
+        said.append(
+            f"sample {index} was drawn by {record.backend}; this is {drawn.backend}, which may round otherwise."
+        )
     said += _compared(drawn.tokens[at], record, path)
     return drawn.pixels[at], record, said
 
@@ -216,20 +228,14 @@ def _compared(tokens: Tensor, record: Record, path: Path) -> list[str]:
     if record.row >= len(stored) or stored.shape[1:] != tokens.shape:
         return [f"the codes of sample {record.index} could not be compared: {stored_in} is of another job."]
     n_other = int((stored[record.row] != tokens).sum())
-    return [f"{n_other} of {len(tokens)} codes of sample {record.index} are other than in {stored_in}."] if n_other else []
+    return (
+        [f"{n_other} of {len(tokens)} codes of sample {record.index} are other than in {stored_in}."] if n_other else []
+    )
 
 
 def best_first(records: Iterable[Record]) -> list[Record]:
     """By score, highest first, then by index."""
     return sorted(records, key=lambda record: (-(record.score or 0.0), record.index))
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether JSON gave a value of this type."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (typing.get_origin(hint) or hint,)
-    return type(value) in allowed or (float in allowed and type(value) is int)
 
 
 def _refuse(constant: str) -> None:

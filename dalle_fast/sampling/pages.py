@@ -26,6 +26,7 @@ _TEMPLATES = Environment(
 _SHOWN = 256  # CSS pixels that smaller pictures are enlarged to, by a whole factor
 _MOST_SHOWN = 512
 _TITLE = 80  # characters
+_AT_ONCE = 32  # pieces of a page, about three pictures
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def shortened(prompt: str) -> str:
 
 
 def _encoded(template: str, **values: Any) -> Iterator[bytes]:
-    for piece in _TEMPLATES.get_template(template).generate(**values):
+    pieces = _TEMPLATES.get_template(template).stream(**values)
+    pieces.enable_buffering(_AT_ONCE)
+    for piece in pieces:
         yield piece.encode()
 
 

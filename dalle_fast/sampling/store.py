@@ -30,11 +30,22 @@ from dalle_fast.sampling.manifest import MANIFEST, Record, best_first
 from dalle_fast.sampling.pages import Picture, PromptOnIndex, gallery_page, index_page
 from dalle_fast.sampling.pictures import is_whole_png, to_png
 from dalle_fast.sampling.token_files import (
-    KNOWN, check_chunk, chunk_name, chunk_to_bytes, known_to_bytes, read_chunk, read_known,
-)  # fmt: skip
+    KNOWN,
+    check_chunk,
+    chunk_name,
+    chunk_to_bytes,
+    known_to_bytes,
+    read_chunk,
+    read_known,
+)
 from dalle_fast.sampling.whole_files import (
-    TEMPORARY, bring_to_disk, make_folder, remove_temporary, write_from, write_whole,
-)  # fmt: skip
+    TEMPORARY,
+    bring_to_disk,
+    make_folder,
+    remove_temporary,
+    write_from,
+    write_whole,
+)
 
 CONFIG, INDEX, IMAGES, GALLERIES = "config.yaml", "index.html", "images", "galleries"
 _LOCK = ".lock"
@@ -148,7 +159,7 @@ class JobFolder:
         if self._shard is not None:
             locks.append((f"{_LOCK}-{self._shard[0]}-of-{self._shard[1]}", fcntl.LOCK_EX))
         for name, kind in locks:
-            file = self._locks.enter_context(open(self.path / name, "ab"))
+            file = self._locks.enter_context(open(self.path / name, "ab"))  # noqa: SIM115
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -263,7 +274,9 @@ class JobFolder:
         if absent := [sample.name for sample, _ in kept if not self.has_image(sample)]:
             raise ValueError(f"finish_prompt: kept samples must have pictures, got none of {absent[0]}.")
         names = {sample.name for sample, _ in kept}
-        records = [self._record(sample, score, sample.name in names, backend_of(sample)) for sample, score in everything]
+        records = [
+            self._record(sample, score, sample.name in names, backend_of(sample)) for sample, score in everything
+        ]
         lines = "".join(record.to_line() for record in records).encode()
         with self._telling_what_is_safe():
             for sample, _ in everything:
@@ -309,9 +322,7 @@ class JobFolder:
         backends = "; ".join(dict.fromkeys(record.backend for record in records))
         facts = {"model": c.model, "model_hash": c.model_hash, "drawn by": backends, "rank": c.rank, **c.settings}
         said = {name: value for name, value in facts.items() if value is not None}
-        return gallery_page(
-            kept[0][0].prompt, pictures, n_drawn=len(records), ranked=c.rank is not None, facts=said
-        )
+        return gallery_page(kept[0][0].prompt, pictures, n_drawn=len(records), ranked=c.rank is not None, facts=said)
 
     # -------------------------------------------------------------------------------------------------------- writing
 

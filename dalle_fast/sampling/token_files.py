@@ -37,7 +37,7 @@ def read_chunk(path: Path, chunk: int) -> DrawnChunk:
     try:
         with safe_open(path, "pt") as file:
             tokens = file.get_tensor("tokens").long()
-            scores = file.get_tensor("scores") if "scores" in file.keys() else None  # noqa: SIM118: no mapping
+            scores = file.get_tensor("scores") if "scores" in file.keys() else None  # noqa: SIM118
             return DrawnChunk(chunk, tokens, scores, None, file.metadata()["backend"])
     except (SafetensorError, KeyError, TypeError) as error:
         raise _broken(path, str(error)) from None
@@ -51,7 +51,7 @@ def check_chunk(path: Path, rows: int, scored: bool) -> None:
     shapes: dict[str, list[int]] = {}
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118: no mapping
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise _broken(path, str(error)) from None

@@ -1,4 +1,4 @@
-"""A disk on which the n-th step fails: full, the process killed, or the power gone and with it what was not brought to it.
+"""A disk on which one step fails: full, the process killed, or the power gone and what was not yet on the disk.
 
 Steps are what `dalle_fast.sampling.whole_files` and the store do to files: open for writing, write, fsync, rename,
 remove, make a folder.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from dalle_fast.sampling import store, whole_files
 
+_NEVER = 10**9
+
 
 class Killed(BaseException):
     """The process is no more: nothing catches it, and nothing is done after it."""
@@ -20,13 +22,13 @@ class Killed(BaseException):
 class FailingDisk:
     """Counts steps; the one of number `at` fails with `error`, half a write done. After Killed, all later ones do."""
 
-    def __init__(self, monkeypatch, folder: Path, at: int, error: BaseException) -> None:
+    def __init__(self, monkeypatch, folder: Path, at: int = _NEVER, error: BaseException | None = None) -> None:
         self.steps = 0
         self._at, self._error, self._folder = at, error, folder
         self._content: dict[int, bytes] = {}  # inode -> what of it is on the disk
         self._names: dict[Path, dict[str, int]] = {}  # folder -> name -> inode, as they are on the disk
         for name in ("replace", "unlink", "mkdir", "fsync"):
-            monkeypatch.setattr(os, name, self._stepping(getattr(os, name)))
+            monkeypatch.setattr(os, name, self._stepping(name, getattr(os, name)))
         for module in (whole_files, store):
             monkeypatch.setattr(module, "open", self._open, raising=False)
 
@@ -35,12 +37,12 @@ class FailingDisk:
         self.steps += 1
         return self.steps == self._at or (self.steps > self._at and isinstance(self._error, Killed))
 
-    def _stepping(self, function):
+    def _stepping(self, name, function):
         def stepping(*args, **options):
             if self.step():
                 raise self._error
             result = function(*args, **options)
-            if function.__name__ == "fsync":
+            if name == "fsync":
                 self._brought(args[0])
             return result
 
@@ -51,18 +53,24 @@ class FailingDisk:
             return open(path, mode, **options)
         if self.step():
             raise self._error
-        file = open(path, mode, **options)
+        file = open(path, mode, **options)  # noqa: SIM115
         if "w" in mode:
             self._content.pop(os.fstat(file.fileno()).st_ino, None)
         return _FailingFile(file, self)
 
     def _brought(self, descriptor: int) -> None:
         inode = os.fstat(descriptor).st_ino
-        path = next(p for p in [self._folder, *self._folder.rglob("*")] if p.stat().st_ino == inode)
+        path = next((p for p in [self._folder, *self._folder.rglob("*")] if p.stat().st_ino == inode), None)
+        if path is None:  # above the folder
+            return
         if path.is_dir():
             self._names[path] = {entry.name: entry.inode() for entry in os.scandir(path)}
         else:
             self._content[inode] = path.read_bytes()
+
+    def after_kill(self, target: Path) -> None:
+        """What a new start finds after a kill: everything that was written."""
+        shutil.copytree(self._folder, target)
 
     def after_power_loss(self, target: Path, *, names: bool) -> None:
         """What a new start finds: file contents and names that were brought to the disk; all names, if `names`."""
@@ -97,9 +105,3 @@ class _FailingFile:
 
     def __getattr__(self, name):
         return getattr(self._file, name)
-
-
-def copy_of(folder: Path, target: Path) -> None:
-    """What a new start finds after a kill: everything that was written."""
-    if folder.is_dir():
-        shutil.copytree(folder, target)

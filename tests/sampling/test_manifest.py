@@ -63,8 +63,8 @@ CORRUPT = {
     "{}": "{}",
     "[" * 100_000: "recursion",
     '{"index": 3': "Expecting",
-    "drop score": "'{\"index\"",
-    "more extra 1": "'{\"index\"",
+    "drop score": '\'{"index"',
+    "more extra 1": '\'{"index"',
     "set index true": "index True",
     'set index "3"': "index '3'",
     "set index -1": "index -1",
@@ -155,13 +155,19 @@ def png(path) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"engine": "eager", "batch_size": 4}, {"temperature": 0.7, "top_k": None, "top_p": 0.8, "cond_scale": 2.0}]
-    + [{"dtype": "int8"}, {"dtype": "bfloat16"}, {"filter_thres": 0.9, "top_k": None, "seed": 2**64 - 2}],
+    [
+        {},
+        {"engine": "eager", "batch_size": 4},
+        {"temperature": 0.7, "top_k": None, "top_p": 0.8, "cond_scale": 2.0},
+        {"dtype": "int8"},
+        {"dtype": "bfloat16"},
+        {"filter_thres": 0.9, "top_k": None, "seed": 2**64 - 2},
+    ],
     ids=["cpu", "eager", "guided", "int8", "bfloat16", "original filter"],
 )
 def test_every_picture_is_drawn_again_to_the_bit(changes, model, tmp_path):
     config, path = finished(tmp_path / "job", model, **changes)
-    for index in range(0, config.n_samples, 2):
+    for index in range(0, config.n_samples, 4):
         pixels, found, said = redraw(path, index)
         assert said == [] and found.index == index
         assert torch.equal(pixels, png(path.parent / found.image))
@@ -200,7 +206,7 @@ def test_other_codes_than_the_stored_ones_are_told(model, tmp_path):
     save_file({"tokens": tokens}, file, metadata={"backend": "x"})
     assert redraw(path, 3)[2] == [f"3 of 64 codes of sample 3 are other than in {file}."]
     assert redraw(path, 2)[2] == []
-    save_file({"tokens": tokens[:, :9]}, file, metadata={"backend": "x"})
+    save_file({"tokens": tokens[:, :9].contiguous()}, file, metadata={"backend": "x"})
     assert "is of another job" in redraw(path, 3)[2][0]
     file.write_bytes(b"torn")
     assert "not there or not whole" in redraw(path, 3)[2][0]

@@ -1,5 +1,6 @@
 """A job's folder: nothing committed is lost, whatever fails and when; one process writes; every file is foretold."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -9,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from failing_disk import FailingDisk, Killed, copy_of
+from failing_disk import FailingDisk, Killed
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,15 +21,23 @@ from dalle_fast.sampling.manifest import read_manifest
 from dalle_fast.sampling.store import JobFolder, OutOfSpace
 
 PLAIN = job_config()
+SMALL = job_config(images_per_prompt=2, batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Every file of RANKED and of PLAIN, run without a failure."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run(folder / "ranked", RANKED)
-    run(folder / "plain", PLAIN)
-    return {RANKED: contents(folder / "ranked"), PLAIN: contents(folder / "plain")}
+    """Every file of these jobs, run without a failure."""
+    found = {}
+    for number, config in enumerate((RANKED, PLAIN, SMALL)):
+        folder = tmp_path_factory.mktemp("undisturbed") / str(number)
+        run(folder, config)
+        found[config] = contents(folder)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 # --- what is in the folder
@@ -55,7 +64,9 @@ def test_the_manifest_has_every_sample_once_and_in_order(tmp_path):
         assert stored["scores"][record.row] == record.score == chunk.scores[record.row]
         assert record.backend == BACKEND and record.settings == RANKED.settings
         if record.kept:
-            picture = torch.frombuffer(bytearray(Image.open(tmp_path / "job" / record.image).tobytes()), dtype=torch.uint8)
+            picture = torch.frombuffer(
+                bytearray(Image.open(tmp_path / "job" / record.image).tobytes()), dtype=torch.uint8
+            )
             assert torch.equal(picture.view(4, 4, 3).permute(2, 0, 1), decode(chunk.tokens)[record.row])
 
 
@@ -134,7 +145,10 @@ def test_shards_write_side_by_side(undisturbed, tmp_path):
             JobFolder.open(out, PLAIN)
     for i in range(2):
         run(out, PLAIN, shard=(i, 2))
-        assert sorted(contents(out)) == ["config.yaml", *(f"tokens-{k:06d}.safetensors" for k in ((0, 2), (0, 1, 2))[i])]
+        assert sorted(contents(out)) == [
+            "config.yaml",
+            *(f"tokens-{k:06d}.safetensors" for k in ((0, 2), (0, 1, 2))[i]),
+        ]
     run(out, PLAIN, order=lambda missing: pytest.fail("nothing is left to draw") if missing else [])
     assert contents(out) == undisturbed[PLAIN]
 
@@ -207,12 +221,11 @@ def test_known_codes_are_kept(tmp_path):
 
 
 def test_a_manifest_cut_anywhere_goes_on_to_the_same_bytes(undisturbed, tmp_path):
-    run(tmp_path / "job")
+    run(tmp_path / "job", SMALL)
     path = tmp_path / "job" / "manifest.jsonl"
     whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    ends = [0, sum(map(len, lines[:3])), len(whole)]  # of whole prompts
-    with JobFolder.open(tmp_path / "job", RANKED) as folder:
+    ends = [0, whole.index(b'{"index": 2'), len(whole)]  # of whole prompts
+    with JobFolder.open(tmp_path / "job", SMALL) as folder:
         for cut in range(len(whole) + 1):
             path.write_bytes(whole[:cut])
             finished = folder.finished_prompts()
@@ -220,8 +233,8 @@ def test_a_manifest_cut_anywhere_goes_on_to_the_same_bytes(undisturbed, tmp_path
             assert path.read_bytes() == whole[: ends[finished]]
     for end in ends:  # all that is left of any cut
         path.write_bytes(whole[:end])
-        run(tmp_path / "job")
-        assert contents(tmp_path / "job") == undisturbed[RANKED]
+        run(tmp_path / "job", SMALL)
+        assert contents(tmp_path / "job") == undisturbed[SMALL]
 
 
 def test_what_a_power_loss_leaves_behind_the_last_line_is_cut_off(undisturbed, tmp_path):
@@ -329,7 +342,7 @@ def test_prompts_are_finished_in_order_and_with_their_pictures(tmp_path):
 def steps_of(folder, config, monkeypatch) -> int:
     """How many steps an undisturbed run takes."""
     with monkeypatch.context() as patch:
-        disk = FailingDisk(patch, folder.parent, at=-1, error=Killed())
+        disk = FailingDisk(patch, folder.parent)
         run(folder, config)
     return disk.steps
 
@@ -343,7 +356,7 @@ def test_a_full_disk_at_any_step_says_what_is_safe_and_goes_on(code, undisturbed
         with monkeypatch.context() as patch:
             FailingDisk(patch, tmp_path, at, OSError(code, os.strerror(code)))
             with pytest.raises(OutOfSpace) as error:
-                run(out, on_chunk=lambda chunk: safe.append(len(chunk.tokens)))  # noqa: B023: called in this turn
+                run(out, on_chunk=lambda chunk, safe=safe: safe.append(len(chunk.tokens)))
         said = str(error.value)
         assert said.startswith(f"sample: {out} must have room for what is drawn, got {os.strerror(code)!r}. ")
         found = int(re.search(r"(\d) of 6 samples are safe there; make room", said)[1])
@@ -361,37 +374,32 @@ def test_other_errors_of_the_disk_are_what_they_are(tmp_path, monkeypatch):
     assert not isinstance(error.value, OutOfSpace)
 
 
-@pytest.mark.parametrize("lost", ["nothing", "contents", "contents and names"])
-def test_a_kill_or_power_loss_at_any_step_loses_nothing(lost, undisturbed, tmp_path, monkeypatch):
-    """`lost`: what the disk had not yet been told to keep; after a kill alone, nothing."""
-    steps = steps_of(tmp_path / "counted" / "job", PLAIN, monkeypatch)
+def test_a_kill_or_power_loss_at_any_step_loses_nothing(undisturbed, tmp_path, monkeypatch):
+    steps = steps_of(tmp_path / "counted" / "job", SMALL, monkeypatch)
     for at in range(1, steps + 2):
-        before, after, committed = tmp_path / f"{at}" / "job", tmp_path / f"{at} after", set()
-        before.parent.mkdir()
+        work, committed = tmp_path / str(at), set()
+        before = work / "before" / "job"
+        before.parent.mkdir(parents=True)
         with monkeypatch.context() as patch:
             disk = FailingDisk(patch, before.parent, at, Killed())
-            try:
-                run(before, PLAIN, on_chunk=lambda chunk: committed.add(chunk.chunk))  # noqa: B023
-            except Killed:
-                pass
-        if lost == "nothing":
-            copy_of(before.parent, after)
-        else:
-            disk.after_power_loss(after, names=lost == "contents")
-        if committed:
-            with JobFolder.open(after / "job", PLAIN) as folder:
-                assert committed <= folder.chunks_done()
-        run(after / "job", PLAIN)
-        assert contents(after / "job") == undisturbed[PLAIN]
-        assert not list(after.rglob("*.broken"))
-        shutil.rmtree(before.parent)
-        shutil.rmtree(after)
+            with contextlib.suppress(Killed):
+                run(before, SMALL, on_chunk=lambda chunk, committed=committed: committed.add(chunk.chunk))
+        disk.after_kill(work / "killed")
+        disk.after_power_loss(work / "contents lost", names=True)
+        disk.after_power_loss(work / "names lost", names=False)
+        for after in ("killed", "contents lost", "names lost"):
+            if committed:
+                with JobFolder.open(work / after / "job", SMALL) as folder:
+                    assert committed <= folder.chunks_done()
+            run(work / after / "job", SMALL)
+            assert contents(work / after / "job") == undisturbed[SMALL]
+        shutil.rmtree(work)
 
 
 def test_a_prompt_that_is_finished_stays_so_without_power(tmp_path, monkeypatch):
     folder = tmp_path / "job"
     with monkeypatch.context() as patch:
-        disk = FailingDisk(patch, tmp_path, -1, Killed())
+        disk = FailingDisk(patch, tmp_path)
         with JobFolder.open(folder, PLAIN) as opened:
             pairs = [(sample, None) for sample in PLAIN.samples_of_prompt(0)]
             for row, (sample, _) in enumerate(pairs):
