@@ -161,10 +161,10 @@ class JobConfig:
 
     @cached_property
     def _occurrences(self) -> list[int]:
-        """How often each prompt stood before."""
+        """How often each prompt stood before; models read them in lower case."""
         seen: Counter[str] = Counter()
         counts = []
-        for prompt in self.prompts:
+        for prompt in map(str.lower, self.prompts):
             counts.append(seen[prompt])
             seen[prompt] += 1
         return counts

@@ -35,8 +35,9 @@ def test_samples_are_numbered_prompt_by_prompt():
     assert len({s.name for s in samples}) == 15 and not any(s.prompt in s.name for s in samples)
 
 
-def test_a_prompt_that_comes_again_goes_on_counting_its_seeds():
-    job = config()
+@pytest.mark.parametrize("again", ["a", "A"])
+def test_a_prompt_that_comes_again_goes_on_counting_its_seeds(again):
+    job = config(prompts=("a", "b", again))
     assert [s.seed for s in job.samples_of_prompt(0)] == [7, 8, 9, 10, 11]
     assert [s.seed for s in job.samples_of_prompt(1)] == [7, 8, 9, 10, 11]
     assert [s.seed for s in job.samples_of_prompt(2)] == [12, 13, 14, 15, 16]

@@ -1,4 +1,4 @@
-"""A job that is killed at random moments ends as one that was left alone: nothing lost, nothing twice, the same bytes."""
+"""A job that is killed at random moments ends as one that was left alone: nothing lost, nothing twice, no bit other."""
 
 import multiprocessing
 import os
