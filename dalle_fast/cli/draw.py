@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from dalle_fast.sampling.drawing_model import SHIPPED_MODEL, DrawingModel, SamplingSettings
 from dalle_fast.sampling.gallery import labelled_grid, to_pixels
-from dalle_fast.sampling.prompts import KnownCaptions
 
 
 @click.command()
@@ -82,8 +81,8 @@ def _drawn(
 ) -> tuple[list[tuple[str, torch.Tensor]], float]:
     """(label, pixels [n, C, H, W]) for each prompt, and the seconds it took."""
     dalle = model.dalle
-    for prompt in prompts:
-        _tell_unknown_words(model.captions, prompt)
+    for sentence in filter(None, map(model.advice, prompts)):
+        click.echo(sentence, err=True)
     text = model.tokenizer.tokenize([p.lower() for p in prompts], dalle.text_seq_len)
     text = text.repeat_interleave(n, dim=0)
     start = time.perf_counter()
@@ -101,10 +100,3 @@ def _drawn(
     seconds = time.perf_counter() - start
     pixels = to_pixels(dalle.vae, images).unflatten(0, (len(prompts), n))
     return list(zip(prompts, pixels, strict=True)), seconds
-
-
-def _tell_unknown_words(captions: KnownCaptions | None, prompt: str) -> None:
-    unknown = captions.unknown_words(prompt) if captions is not None else []
-    if unknown and captions is not None:
-        near = ", ".join(f'"{caption}"' for caption in captions.nearest(prompt))
-        click.echo(f'"{prompt}": the model has never read {", ".join(unknown)}. Captions it knows: {near}.', err=True)

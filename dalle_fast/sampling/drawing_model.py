@@ -138,6 +138,14 @@ class DrawingModel:
         """Where it draws."""
         return self.dalle.to_logits.weight.device
 
+    def advice(self, prompt: str) -> str | None:
+        """A sentence about a prompt with words that no caption of the training had; None where there is none to say."""
+        unknown = self.captions.unknown_words(prompt) if self.captions is not None else []
+        if not unknown or self.captions is None:
+            return None
+        near = ", ".join(f'"{caption}"' for caption in self.captions.nearest(prompt))
+        return f'"{prompt}": the model has never read {", ".join(unknown)}. Captions it knows: {near}.'
+
     def token_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor:
         """Ids of prompts, lower-cased as the captions of the training were: int64 [B, text_seq_len], on the CPU.
 
