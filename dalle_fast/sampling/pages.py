@@ -25,6 +25,7 @@ _TEMPLATES = Environment(
 )
 _SHOWN = 256  # CSS pixels that smaller pictures are enlarged to, by a whole factor
 _MOST_SHOWN = 512
+_SHOWN_ON_INDEX = 128
 _TITLE = 80  # characters
 _AT_ONCE = 32  # pieces of a page, about three pictures
 
@@ -67,14 +68,13 @@ def gallery_page(
         facts: shown as settings.
     """
     width, height = _size(pictures[0].path.read_bytes())
-    factor = max(1, _SHOWN // width)
     kept = "all kept" if len(pictures) == n_drawn else f"the best {len(pictures)} kept"
     order = ", best first" if ranked else ""
     return _encoded(
         "gallery.html",
         title=shortened(prompt), prompt=prompt, pictures=pictures, facts=list(facts.items()),
         counted=f"{_counted(n_drawn, 'picture')} drawn, {kept}{order}", width=width, height=height,
-        shown=min(width * factor, _MOST_SHOWN), enlarged=factor > 1,
+        **_shown(width, _SHOWN, _MOST_SHOWN),
     )  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def index_page(prompts: Iterable[PromptOnIndex], *, n_prompts: int, n_drawn: int
     each = " each" if n_prompts > 1 else ""
     return _encoded(
         "index.html",
-        title=_counted(n_prompts, "prompt"), prompts=prompts, enlarged=width <= _SHOWN // 2,
-        counted=f"{_counted(n_drawn, 'picture')} drawn{each}",
+        title=_counted(n_prompts, "prompt"), prompts=prompts, counted=f"{_counted(n_drawn, 'picture')} drawn{each}",
+        **_shown(width, _SHOWN_ON_INDEX, _SHOWN_ON_INDEX),
     )  # fmt: skip
 
 
@@ -103,6 +103,12 @@ def _encoded(template: str, **values: Any) -> Iterator[bytes]:
     pieces.enable_buffering(_AT_ONCE)
     for piece in pieces:
         yield piece.encode()
+
+
+def _shown(width: int, least: int, most: int) -> dict[str, int | bool]:
+    """How wide a picture is shown, in CSS pixels, and whether that enlarges it."""
+    factor = max(1, least // width)
+    return {"shown": min(width * factor, most), "enlarged": factor > 1}
 
 
 def _size(png: bytes) -> tuple[int, int]:

@@ -18,6 +18,7 @@ HOSTILE = (
     "שלום עולם \u202e العربية",
     "👩‍👩‍👧‍👦 🏳️‍🌈 naïve 中文 \u2028 \x7f",
     "../../etc/passwd",
+    "\ufeffa nul \x00 and \r\n \r \x1b[31m",
     "a very long prompt " * 600,
 )
 

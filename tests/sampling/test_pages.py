@@ -150,6 +150,7 @@ def test_the_index_links_to_every_page_with_its_best_pictures(tmp_path):
         PromptOnIndex(f"p{i}", f"galleries/{i:06d}.html", (f"images/{i}-a.png", f"images/{i}-b.png")) for i in (0, 1)
     ]
     page = Page(b"".join(index_page(iter(prompts), n_prompts=2, n_drawn=512, first_image=tmp_path / "0.png")))
+    assert page.attributes("main") == [{"style": "--shown: 128px"}]
     assert page.texts("h1") == ["2 prompts"] and page.texts("p") == ["512 pictures drawn each"]
     links = [link["href"] for link in page.attributes("a")]
     assert links == [page for i in (0, 1) for page in [f"galleries/{i:06d}.html"] * 3]

@@ -125,6 +125,14 @@ def test_a_finished_job_is_left_as_it_is(undisturbed, tmp_path):
     assert contents(tmp_path / "job") == undisturbed[RANKED]
 
 
+def test_a_picture_that_is_not_kept_goes(undisturbed, tmp_path):
+    """Such as one of a chunk that broke, and was drawn again on another machine."""
+    with JobFolder.open(tmp_path / "job", RANKED) as folder:
+        folder.write_image(RANKED.sample(0), drawn(RANKED, 0).pixels[0], 0.9)
+    run(tmp_path / "job")
+    assert contents(tmp_path / "job") == undisturbed[RANKED]
+
+
 # --- who may write, and where
 
 
