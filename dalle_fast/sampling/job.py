@@ -106,6 +106,10 @@ class JobConfig:
         for i, prompt in enumerate(self.prompts):
             if not prompt.strip():
                 raise ValueError(f"sample: prompts must be texts, got an empty one as number {i + 1}. Leave it out.")
+            if any(
+                "\ud800" <= letter <= "\udfff" for letter in prompt
+            ):  # what Python makes of bytes that are not UTF-8
+                raise ValueError(f"sample: prompts must be text in UTF-8, got {prompt!r:.80} as number {i + 1}.")
         for name, least in (("images_per_prompt", 1), ("batch_size", 1), ("keep", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -104,12 +104,10 @@ class _Finishing:
         kept = self._best.pop(prompt).kept()
         to_decode = []
         for sample, score, pixels in kept:
-            if self._folder.has_image(sample):
-                continue
-            if pixels is None:
-                to_decode.append((sample, score))
-            else:
+            if pixels is not None:
                 self._folder.write_image(sample, pixels, score)
+            elif not self._folder.has_image(sample):
+                to_decode.append((sample, score))
         for start in range(0, len(to_decode), _DECODED_AT_ONCE):
             self._write_decoded(to_decode[start : start + _DECODED_AT_ONCE])
         everything = sorted(self._all.pop(prompt), key=lambda pair: pair[0].index)

@@ -117,6 +117,7 @@ def test_what_holds_no_keys_is_refused(text):
     [
         ({"prompts": ()}, "at least one text"),
         ({"prompts": ("a", " \n")}, "empty one as number 2"),
+        ({"prompts": ("a", "caf\udce9")}, "UTF-8, got 'caf.udce9' as number 2"),
         ({"images_per_prompt": 0}, "images_per_prompt must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"seed": 2**64}, "seed must be in 0"),
