@@ -30,6 +30,7 @@ from dalle_fast.sampling.stream import Drawer
 from dalle_fast.sampling.whole_files import make_folder, write_whole
 
 PREVIEW = "preview.png"
+_MOST_ADVISED, _MOST_ADVICE = 100, 5  # prompts that are looked at, sentences that are told
 Shard = tuple[int, int]
 
 
@@ -56,6 +57,8 @@ def draw_job(options: SampleOptions, given: frozenset[str]) -> Report:
     here = _Here(job, options)
     if job.stored is None:  # what is wrong with a new job is said before it has a folder
         job.model.token_ids(job.config.prompts, job.config.truncate)
+        if not options.quiet:
+            _advise(job)
         _ = here.drawer
     with JobFolder.open(options.out, job.config, known=job.known, shard=options.shard) as folder:
         report = run_and_report(
@@ -64,6 +67,13 @@ def draw_job(options: SampleOptions, given: frozenset[str]) -> Report:
         )  # fmt: skip
     (options.out / PREVIEW).unlink(missing_ok=True)
     return report
+
+
+def _advise(job: ResolvedJob) -> None:
+    """Tells which prompts the model may not know what to do with; the first of many."""
+    sentences = list(filter(None, map(job.model.advice, dict.fromkeys(job.config.prompts[:_MOST_ADVISED]))))
+    for sentence in sentences[:_MOST_ADVICE]:
+        click.echo(sentence, err=True)
 
 
 def run_and_report(
