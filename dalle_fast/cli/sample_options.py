@@ -168,6 +168,11 @@ class _Option(click.Option):
         super().__init__(names, **settings)
         self.group = group
 
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)  # an N counts from 1, and errors tell ranges
+        return extra
+
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         shown = copy.copy(self)
         shown.opts = [name for name in self.opts if name not in ORIGINAL_FLAGS]
@@ -212,7 +217,8 @@ PARAMETERS: list[click.Parameter] = [
                  "the command line wins."),
     _Option("--model", "--dalle_path", group=_MODEL, type=click.Path(path_type=Path), metavar="DIR",
             help="A saved model; default: the shipped one."),
-    _Option("--device", group=_MODEL, default="cpu", show_default=True, help="Torch's name of one, such as cuda."),
+    _Option("--device", group=_MODEL, metavar="NAME", default="cpu", show_default=True,
+            help="Torch's name of one, such as cuda."),
     _Option("--dtype", group=_MODEL, type=click.Choice(DTYPES), default="float32", show_default=True,
             help="What weights are held as."),
     _Option("--engine", group=_MODEL, type=click.Choice(ENGINES), default="auto", show_default=True,
@@ -256,12 +262,14 @@ class GroupedCommand(click.Command):
     """A command whose help shows its options in their groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
+        groups: dict[str, list[tuple[str, str]]] = {_PROMPTS: [("PROMPTS", "What to draw, a text each.")]}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(getattr(param, "group", "Help"), []).append(record)
-        groups[_ORIGINAL] = list(ORIGINAL_FLAGS.items())
+            if record is not None and isinstance(param, click.Option):
+                groups.setdefault(getattr(param, "group", _TOLD), []).append(record)
+        meanings = [(flag, meaning) for flag, meaning in ORIGINAL_FLAGS.items() if meaning != _CARRIED]
+        refused = ", ".join(flag for flag, meaning in ORIGINAL_FLAGS.items() if meaning == _CARRIED)
+        groups[_ORIGINAL] = [*meanings, (refused, _CARRIED)]
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)

@@ -7,7 +7,9 @@ who draws it. Every machine must see the model under the path that the job's con
 from __future__ import annotations
 
 import importlib
+import logging
 import pickle
+import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from dalle_fast.sampling.stream import Drawer
 
 LOCAL = "local"  # the address that starts a cluster on this machine
+_ANSWERS_WITHIN = 10.0  # seconds
 
 
 def drawn_on_ray(
@@ -58,7 +61,10 @@ def _drawn(
 ) -> Iterator[DrawnChunk]:
     on_gpus = config.device.startswith("cuda")
     n, cpus = _shares(ray, actors, len(chunks), on_gpus)
+    # A block a chunk: what an actor takes at a time, and what is drawn once more when it dies.
     data = ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=len(chunks))
+    data.context.enable_progress_bars = False
+    data.context.execution_no_progress_timeout_s = -1  # a chunk may take as long as it takes
     drawn = data.map_batches(
         ChunkActor,
         fn_constructor_args=(Task.of(config, known, max_memory, cpus),),
@@ -66,8 +72,6 @@ def _drawn(
         compute=ray.data.ActorPoolStrategy(size=n),
         num_cpus=cpus,
         num_gpus=1 if on_gpus else 0,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     for row in drawn.iter_rows():
         answer = pickle.loads(row["answer"])
@@ -111,8 +115,11 @@ def _shares(ray: Any, actors: int | None, n_chunks: int, on_gpus: bool) -> tuple
 
 def _connect(ray: Any, address: str) -> None:
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        if host:  # Ray itself waits for minutes where nobody answers
+            socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RuntimeError(
             f"sample: --ray must be the address of a Ray cluster, or {LOCAL!r}, got {address!r} ({reason:.200})."
@@ -123,6 +130,7 @@ def _ray() -> Any:
     try:
         ray = importlib.import_module("ray")
         importlib.import_module("ray.data")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of itself as it works
     except ModuleNotFoundError as error:
         if error.name not in ("ray", "ray.data"):
             raise
