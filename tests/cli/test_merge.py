@@ -3,23 +3,16 @@
 import json
 
 import pytest
+from job_folders import RANK, contents
+from PIL import Image
 
-RANK = ["--rank", "test_merge:redness", "--keep", 2]
+BEST = ["--rank", RANK, "--keep", 2]
 JOB = ("red apple", "a flag", "green apple", "--images-per-prompt", 5, "--batch-size", 2, "--seed", 3)
-
-
-def redness(prompts, images):
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1].mean(dim=(1, 2))
-
-
-def contents(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".lock")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(params=["all", "ranked"])
 def job(request):
-    return [*JOB, *(RANK if request.param == "ranked" else [])]
+    return [*JOB, *(BEST if request.param == "ranked" else [])]
 
 
 @pytest.fixture
@@ -68,8 +61,6 @@ def test_what_is_missing_is_named(draw, join, tmp_path):
 
 
 def test_known_codes_come_along(draw, join, tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (16, 16), "red").save(tmp_path / "image.png")
     job = ["red", "--prime", tmp_path / "image.png", "--batch-size", 2]
     draw(*job, "--shard", "0/2", out=tmp_path / "0")
