@@ -5,6 +5,7 @@ import json
 import pytest
 from job_folders import RANK, contents
 from PIL import Image
+from small_models import saved_model
 
 BEST = ["--rank", RANK, "--keep", 2]
 JOB = ("red apple", "a flag", "green apple", "--images-per-prompt", 5, "--batch-size", 2, "--seed", 3)
@@ -67,6 +68,15 @@ def test_known_codes_come_along(draw, join, tmp_path):
     draw(*job, "--shard", "1/2", out=tmp_path / "1")
     join(tmp_path / "out", tmp_path / "0", tmp_path / "1")
     draw(*job, out=tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_parts_may_have_the_model_elsewhere(draw, join, tmp_path):
+    parts = [tmp_path / str(i) for i in range(2)]
+    draw(*JOB, "--shard", "0/2", out=parts[0])
+    draw(*JOB, "--shard", "1/2", out=parts[1], model=saved_model(tmp_path / "copy"))
+    join(tmp_path / "out", *parts)
+    draw(*JOB, out=tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

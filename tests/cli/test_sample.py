@@ -96,6 +96,15 @@ class TestWhatItDraws:
             scores = sorted((line["score"], line["kept"]) for line in lines if line["prompt_index"] == prompt)
             assert [kept for _, kept in scores] == [False] * 3 + [True] * 2
 
+    def test_a_ranker_may_lie_in_the_current_folder(self, draw, tmp_path, monkeypatch):
+        (tmp_path / "my_own_ranker.py").write_text(
+            "def score(prompts, images):\n    return images.amax(dim=(1, 2, 3))\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+        draw("red apple", "--rank", "my_own_ranker:score")
+        assert all(line["score"] is not None for line in manifest(tmp_path / "out"))
+
     def test_a_model_ranks_with_its_own_clip(self, draw, tmp_path, model):
         draw("red", "--keep", 1, fails="--keep needs --rank")
         own = saved_model(tmp_path / "model")
@@ -281,7 +290,7 @@ class TestOnePictureAgain:
 
 def test_an_iterator_is_closed_before_an_error_is_told(draw, monkeypatch):
     """What draws in other processes must stop then, or the command waits for it."""
-    said = []
+    said, kept = [], []
 
     def draws(self, progress):
         def drawn(chunks):
@@ -290,7 +299,7 @@ def test_an_iterator_is_closed_before_an_error_is_told(draw, monkeypatch):
             finally:
                 said.append("closed")
 
-        return drawn
+        return lambda chunks: kept.append(drawn(chunks)) or kept[0]
 
     def full(self, drawn):
         raise OSError("sample: no room")
