@@ -28,11 +28,11 @@ from benchmarks import decoding
 from benchmarks.bench_sampler import DEMO, TOY, cpu_missing
 from benchmarks.decoding import CYCLE, D512, SEED
 from benchmarks.harness import Benchmark, Case, Cost, Job, Provider, dtype_name
-from dalle_fast.sampling.drawing_model import SHIPPED_MODEL, DrawingModel
-from dalle_fast.sampling.job import JobConfig, hash_model
-from dalle_fast.sampling.run import run_job
-from dalle_fast.sampling.store import JobFolder
-from dalle_fast.sampling.stream import Drawer
+from dalle_fast.jobs.drawing_model import SHIPPED_MODEL, DrawingModel
+from dalle_fast.jobs.job import JobConfig, hash_model
+from dalle_fast.jobs.run import run_job
+from dalle_fast.jobs.store import JobFolder
+from dalle_fast.jobs.stream import Drawer
 
 MODE, PREVIEW = "64 pictures", "first preview"
 BATCH = 64

@@ -9,7 +9,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from dalle_fast.sampling.drawing_model import SHIPPED_MODEL, DrawingModel, SamplingSettings
+from dalle_fast.jobs.drawing_model import SHIPPED_MODEL, DrawingModel, SamplingSettings
 from dalle_fast.sampling.gallery import labelled_grid, to_pixels
 
 

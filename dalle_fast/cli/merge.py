@@ -12,10 +12,10 @@ import click
 
 from dalle_fast.cli.sample_run import Report, run_and_report
 from dalle_fast.cli.sentences import in_sentences
-from dalle_fast.sampling.job import DrawnChunk, JobConfig
-from dalle_fast.sampling.store import CONFIG, JobFolder
-from dalle_fast.sampling.stream import Drawer
-from dalle_fast.sampling.token_files import check_chunk, chunk_name, read_chunk
+from dalle_fast.jobs.job import DrawnChunk, JobConfig
+from dalle_fast.jobs.store import CONFIG, JobFolder
+from dalle_fast.jobs.stream import Drawer
+from dalle_fast.jobs.token_files import check_chunk, chunk_name, read_chunk
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _SHOWN = 8  # ranges of samples in a sentence

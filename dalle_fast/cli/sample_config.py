@@ -11,13 +11,13 @@ import click
 from torch import Tensor
 
 from dalle_fast.cli.sample_options import SampleOptions
-from dalle_fast.sampling.drawing_model import SHIPPED_MODEL, DrawingModel
+from dalle_fast.jobs.drawing_model import SHIPPED_MODEL, DrawingModel
+from dalle_fast.jobs.job import JobConfig, hash_codes, hash_model
+from dalle_fast.jobs.known import inpainted_codes, primed_codes
+from dalle_fast.jobs.store import JobFolder
+from dalle_fast.jobs.stream import memory_for_engine
 from dalle_fast.sampling.engine import choose_engine
-from dalle_fast.sampling.job import JobConfig, hash_codes, hash_model
-from dalle_fast.sampling.known import inpainted_codes, primed_codes
 from dalle_fast.sampling.plan import MOST_SAMPLES, plan_drawing
-from dalle_fast.sampling.store import JobFolder
-from dalle_fast.sampling.stream import memory_for_engine
 
 _EAGER_BATCH = {"cpu": 8, "cuda": 32}
 

@@ -14,7 +14,7 @@ import click
 
 from dalle_fast.cli.sentences import in_sentences
 
-# As they are in sampling.job and sampling.engine, which import torch.
+# As they are in jobs.job and sampling.engine, which import torch.
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 ENGINES = ("auto", "cpu", "eager")
 
@@ -283,7 +283,7 @@ def read_config(ctx: click.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     with in_sentences():
-        from dalle_fast.sampling.job import read_mapping  # at call time: it imports torch
+        from dalle_fast.jobs.job import read_mapping  # at call time: it imports torch
 
         try:
             stored = read_mapping(path.read_text(encoding="utf-8"), path)

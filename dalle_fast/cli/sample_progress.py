@@ -9,7 +9,7 @@ import time
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle_fast.sampling.job import DrawnChunk
+from dalle_fast.jobs.job import DrawnChunk
 
 _LOG_EVERY = 10.0  # seconds
 _BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_noinv_fmt}]"

@@ -18,16 +18,16 @@ from torch import Tensor
 from dalle_fast.cli.sample_config import ResolvedJob
 from dalle_fast.cli.sample_options import SampleOptions
 from dalle_fast.cli.sample_progress import Progress
-from dalle_fast.sampling.job import DrawnChunk, JobConfig, Sample
-from dalle_fast.sampling.manifest import redraw
-from dalle_fast.sampling.on_ray import drawn_on_ray
-from dalle_fast.sampling.pictures import to_png
-from dalle_fast.sampling.pool import drawn_by_processes
-from dalle_fast.sampling.preview import Preview
-from dalle_fast.sampling.run import Decode, Draws, run_job
-from dalle_fast.sampling.store import INDEX, JobFolder
-from dalle_fast.sampling.stream import Drawer
-from dalle_fast.sampling.whole_files import make_folder, write_whole
+from dalle_fast.jobs.job import DrawnChunk, JobConfig, Sample
+from dalle_fast.jobs.manifest import redraw
+from dalle_fast.jobs.on_ray import drawn_on_ray
+from dalle_fast.jobs.pictures import to_png
+from dalle_fast.jobs.pool import drawn_by_processes
+from dalle_fast.jobs.preview import Preview
+from dalle_fast.jobs.run import Decode, Draws, run_job
+from dalle_fast.jobs.store import INDEX, JobFolder
+from dalle_fast.jobs.stream import Drawer
+from dalle_fast.jobs.whole_files import make_folder, write_whole
 
 PREVIEW = "preview.png"
 _MOST_ADVISED, _MOST_ADVICE = 100, 5  # prompts that are looked at, sentences that are told

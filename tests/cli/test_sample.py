@@ -16,9 +16,9 @@ from dalle_fast import CLIP, _extension
 from dalle_fast.cli import sample_run
 from dalle_fast.cli.sample import sample
 from dalle_fast.cli.sample_options import ORIGINAL_FLAGS
+from dalle_fast.jobs.store import JobFolder
+from dalle_fast.jobs.stream import Drawer
 from dalle_fast.sampling.plan import plan_drawing
-from dalle_fast.sampling.store import JobFolder
-from dalle_fast.sampling.stream import Drawer
 
 needs_cpu_engine = pytest.mark.skipif(_extension.missing() is not None, reason=str(_extension.missing()))
 

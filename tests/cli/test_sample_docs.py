@@ -9,9 +9,9 @@ import pytest
 
 from dalle_fast.cli.__main__ import main
 from dalle_fast.cli.sample_options import ORIGINAL_FLAGS, PARAMETERS
-from dalle_fast.sampling import store
-from dalle_fast.sampling.drawing_model import SHIPPED_MODEL
-from dalle_fast.sampling.token_files import KNOWN
+from dalle_fast.jobs import store
+from dalle_fast.jobs.drawing_model import SHIPPED_MODEL
+from dalle_fast.jobs.token_files import KNOWN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sample.md").read_text(encoding="utf-8")
 

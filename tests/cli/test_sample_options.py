@@ -10,8 +10,9 @@ from small_models import saved_model
 
 from dalle_fast import _extension
 from dalle_fast.cli.sample_options import DTYPES, ENGINES, ORIGINAL_FLAGS, PARAMETERS, SampleOptions
-from dalle_fast.sampling import engine, job
-from dalle_fast.sampling.stream import Drawer
+from dalle_fast.jobs import job
+from dalle_fast.jobs.stream import Drawer
+from dalle_fast.sampling import engine
 
 
 class TestOptionsInAFile:

@@ -8,7 +8,7 @@ import torch
 
 from dalle_fast.cli import sample_progress
 from dalle_fast.cli.sample_progress import Progress
-from dalle_fast.sampling.job import DrawnChunk
+from dalle_fast.jobs.job import DrawnChunk
 
 
 @pytest.fixture

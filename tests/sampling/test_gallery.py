@@ -1,4 +1,4 @@
-"""Sheets and prompts: what a user sees of a drawing."""
+"""Sheets: what a user sees of a drawing."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.sampling.gallery import labelled_grid, to_pil, to_pixels
-from dalle_fast.sampling.prompts import KnownCaptions
 
 
 @pytest.mark.parametrize("normalization", [((0.5,) * 3, (0.5,) * 3), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), None])
@@ -46,17 +45,3 @@ def test_grids_of_unlike_rows_are_refused():
         labelled_grid([])
     with pytest.raises(ValueError, match="1 or 3"):
         to_pil(torch.ones(2, 4, 4))
-
-
-CAPTIONS = KnownCaptions(["red apple", "green apple", "grinning face", "grinning cat", "Flag of Chad", "cat's eye"])
-
-
-def test_unknown_words_are_named_once_and_in_order():
-    assert CAPTIONS.unknown_words("a purple Apple in a purple hat") == ["a", "purple", "in", "hat"]
-    assert CAPTIONS.unknown_words("FLAG of chad, cat's eye!") == []
-
-
-def test_nearest_captions_share_words_before_letters():
-    assert CAPTIONS.nearest("a grining cat", 1) == ["grinning cat"]
-    assert set(CAPTIONS.nearest("apple pie", 2)) == {"red apple", "green apple"}
-    assert len(CAPTIONS.nearest("xyzzy", 3)) == 3

@@ -11,9 +11,9 @@ import pytest
 import torch
 from small_models import saved_model
 
-from dalle_fast.sampling.job import JobConfig, hash_codes, hash_model
-from dalle_fast.sampling.pool import SentChunk, drawn_by_processes
-from dalle_fast.sampling.stream import Drawer
+from dalle_fast.jobs.job import JobConfig, hash_codes, hash_model
+from dalle_fast.jobs.pool import SentChunk, drawn_by_processes
+from dalle_fast.jobs.stream import Drawer
 
 
 def brightness(prompts, images):
@@ -81,7 +81,7 @@ def test_an_error_comes_back_as_itself(model):
 
 
 def test_what_is_sent_comes_back():
-    from dalle_fast.sampling.job import DrawnChunk
+    from dalle_fast.jobs.job import DrawnChunk
 
     tokens = torch.randint(2**20, (3, 4))
     for scores, pixels in ((None, None), (torch.rand(3), torch.zeros(3, 1, 2, 2, dtype=torch.uint8))):

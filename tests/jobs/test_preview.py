@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from small_models import saved_model
 
-from dalle_fast.sampling.drawing_model import DrawingModel
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.preview import Preview
 from dalle_fast.sampling.gallery import to_pixels
-from dalle_fast.sampling.preview import Preview
 
 GREY = 128
 

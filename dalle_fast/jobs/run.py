@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_fast.sampling.job import DrawnChunk, JobConfig, Sample
-from dalle_fast.sampling.ranking import TopK
-from dalle_fast.sampling.store import JobFolder
+from dalle_fast.jobs.job import DrawnChunk, JobConfig, Sample
+from dalle_fast.jobs.ranking import TopK
+from dalle_fast.jobs.store import JobFolder
 
 Draws = Callable[[Sequence[int]], Iterator[DrawnChunk]]  # chunks to draw -> the drawn ones, in any order
 Decode = Callable[[Tensor], Tensor]  # tokens [b, image_seq_len] -> pixels, uint8 [b, C, H, W]

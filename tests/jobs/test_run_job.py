@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_job import config
 
-from dalle_fast.sampling.job import DrawnChunk
-from dalle_fast.sampling.run import Summary, run_job
-from dalle_fast.sampling.store import JobFolder
+from dalle_fast.jobs.job import DrawnChunk
+from dalle_fast.jobs.run import Summary, run_job
+from dalle_fast.jobs.store import JobFolder
 
 
 def decoded(tokens):

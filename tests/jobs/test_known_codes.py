@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from small_models import small_dalle
 
-from dalle_fast.sampling.known import inpainted_codes, primed_codes
+from dalle_fast.jobs.known import inpainted_codes, primed_codes
 
 
 @pytest.fixture(scope="module")

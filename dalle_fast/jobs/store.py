@@ -25,11 +25,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dalle_fast.sampling.job import DrawnChunk, JobConfig, Sample
-from dalle_fast.sampling.manifest import MANIFEST, Record, best_first
-from dalle_fast.sampling.pages import Picture, PromptOnIndex, gallery_page, index_page
-from dalle_fast.sampling.pictures import is_whole_png, to_png
-from dalle_fast.sampling.token_files import (
+from dalle_fast.jobs.job import DrawnChunk, JobConfig, Sample
+from dalle_fast.jobs.manifest import MANIFEST, Record, best_first
+from dalle_fast.jobs.pages import Picture, PromptOnIndex, gallery_page, index_page
+from dalle_fast.jobs.pictures import is_whole_png, to_png
+from dalle_fast.jobs.token_files import (
     KNOWN,
     check_chunk,
     chunk_name,
@@ -38,7 +38,7 @@ from dalle_fast.sampling.token_files import (
     read_chunk,
     read_known,
 )
-from dalle_fast.sampling.whole_files import (
+from dalle_fast.jobs.whole_files import (
     TEMPORARY,
     bring_to_disk,
     make_folder,

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from dalle_fast import rng
-from dalle_fast.sampling.job import JobConfig, Sample, hash_codes
-from dalle_fast.sampling.stream import Drawer
-from dalle_fast.sampling.token_files import KNOWN, chunk_name, read_chunk, read_known
+from dalle_fast.jobs.job import JobConfig, Sample, hash_codes
+from dalle_fast.jobs.stream import Drawer
+from dalle_fast.jobs.token_files import KNOWN, chunk_name, read_chunk, read_known
 
 MANIFEST = "manifest.jsonl"
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dalle_fast.sampling.job import DrawnChunk
+from dalle_fast.jobs.job import DrawnChunk
 
 KNOWN = "known.safetensors"
 

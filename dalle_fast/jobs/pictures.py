@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dalle_fast.sampling.job import Sample
+from dalle_fast.jobs.job import Sample
 
 
 def to_png(

@@ -41,7 +41,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, ranked):
     model = saved_model(tmp_path / "model")
     # One server has imported everything and started no thread: its children begin at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dalle_fast.cli.sample", "dalle_fast.sampling.stream", "dalle_fast.sampling.run"])
+    context.set_forkserver_preload(["dalle_fast.cli.sample", "dalle_fast.jobs.stream", "dalle_fast.jobs.run"])
 
     def started(out: Path) -> multiprocessing.Process:
         ranking = ["--rank", f"{__name__}:score", "--keep", "2"] if ranked else []

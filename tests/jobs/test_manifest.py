@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from small_models import saved_model
 from stored_jobs import BACKEND, HOSTILE, RANKED, job_config
 
-from dalle_fast.sampling.job import hash_codes, hash_model
-from dalle_fast.sampling.manifest import Record, best_first, read_manifest, redraw
-from dalle_fast.sampling.run import run_job
-from dalle_fast.sampling.store import JobFolder
-from dalle_fast.sampling.stream import Drawer
+from dalle_fast.jobs.job import hash_codes, hash_model
+from dalle_fast.jobs.manifest import Record, best_first, read_manifest, redraw
+from dalle_fast.jobs.run import run_job
+from dalle_fast.jobs.store import JobFolder
+from dalle_fast.jobs.stream import Drawer
 
 KEYS = (
     "index prompt_index number prompt seed score kept image tokens row settings model model_hash device dtype engine "

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.job import Sample
 from dalle_fast.models.clip import CLIP
-from dalle_fast.sampling.drawing_model import DrawingModel
-from dalle_fast.sampling.job import Sample
 from dalle_fast.tokenizers.base import BatchTokenizer
 from dalle_fast.tokenizers.hug import HugTokenizer
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import dalle_fast
 from dalle_fast import _extension
-from dalle_fast.sampling.drawing_model import DrawingModel
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.job import DrawnChunk, JobConfig, Sample, hash_codes, hash_model
+from dalle_fast.jobs.ranking import Ranker, load_ranker, scores_of
 from dalle_fast.sampling.engine import choose_engine
 from dalle_fast.sampling.gallery import to_pixels
-from dalle_fast.sampling.job import DrawnChunk, JobConfig, Sample, hash_codes, hash_model
 from dalle_fast.sampling.plan import plan_drawing
-from dalle_fast.sampling.ranking import Ranker, load_ranker, scores_of
 
 _MIB = 1 << 20
 _COPIES = 4  # of a batch's pixels in float32: decoded, and while they are normalised and rounded
@@ -141,10 +141,10 @@ def stream_images(
     """Draws prompts, and gives one picture after the other, prompt by prompt.
 
     Args:
-        images_per_prompt, seed: see `dalle_fast.sampling.job`: the pictures are those of `dalle-fast sample`.
+        images_per_prompt, seed: see `dalle_fast.jobs.job`: the pictures are those of `dalle-fast sample`.
         batch_size: drawn at a time.
         temperature, top_k, top_p, cond_scale: as in `DALLE.generate_images`; None: the model's settings.
-        known: int [image_seq_len], codes that are given, -1 where one is drawn (see `dalle_fast.sampling.known`).
+        known: int [image_seq_len], codes that are given, -1 where one is drawn (see `dalle_fast.jobs.known`).
         ranker: scores the pictures.
         engine: "cpu", "eager" or "auto".
         max_memory: bytes that this process may take, all of it included.

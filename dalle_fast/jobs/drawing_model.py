@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_fast.jobs.job import DTYPES
+from dalle_fast.jobs.prompts import KnownCaptions
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.sampling.job import DTYPES
-from dalle_fast.sampling.prompts import KnownCaptions
 from dalle_fast.tokenizers.hug import HugTokenizer
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from dalle_fast.sampling.job import DrawnChunk, JobConfig
-from dalle_fast.sampling.run import run_job
-from dalle_fast.sampling.store import JobFolder
+from dalle_fast.jobs.job import DrawnChunk, JobConfig
+from dalle_fast.jobs.run import run_job
+from dalle_fast.jobs.store import JobFolder
 
 BACKEND = "cpu engine, baseline, float32, dalle_fast 0, torch 0"
 HOSTILE = (

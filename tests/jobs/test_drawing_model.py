@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from small_models import saved_model
 
-from dalle_fast.sampling import drawing_model
-from dalle_fast.sampling.drawing_model import DrawingModel, SamplingSettings
+from dalle_fast.jobs import drawing_model
+from dalle_fast.jobs.drawing_model import DrawingModel, SamplingSettings
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import torch
 from small_models import saved_model
 
 from dalle_fast import _extension
-from dalle_fast.sampling import stream
-from dalle_fast.sampling.drawing_model import DrawingModel
+from dalle_fast.jobs import stream
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.job import JobConfig, hash_codes, hash_model
+from dalle_fast.jobs.stream import Drawer, backend_name, memory_for_engine, stream_images
 from dalle_fast.sampling.gallery import to_pil, to_pixels
-from dalle_fast.sampling.job import JobConfig, hash_codes, hash_model
 from dalle_fast.sampling.plan import plan_drawing
-from dalle_fast.sampling.stream import Drawer, backend_name, memory_for_engine, stream_images
 
 ENGINES = ["eager"] if _extension.missing() else ["cpu", "eager"]
 needs_cpu = pytest.mark.skipif(_extension.missing() is not None, reason=str(_extension.missing()))
@@ -304,8 +304,8 @@ WITHIN_MEMORY = """if True:
     import dataclasses, sys, torch
     from pathlib import Path
     from dalle_fast import DALLE, DiscreteVAE
-    from dalle_fast.sampling import stream
-    from dalle_fast.sampling.drawing_model import DrawingModel
+    from dalle_fast.jobs import stream
+    from dalle_fast.jobs.drawing_model import DrawingModel
     from dalle_fast.sampling.plan import plan_drawing
 
     # 8 MB a sample, hardly any weights

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from dalle_fast.sampling.job import DrawnChunk, JobConfig
-from dalle_fast.sampling.pool import SentChunk, Task
-from dalle_fast.sampling.run import Draws
+from dalle_fast.jobs.job import DrawnChunk, JobConfig
+from dalle_fast.jobs.pool import SentChunk, Task
+from dalle_fast.jobs.run import Draws
 
 if TYPE_CHECKING:
-    from dalle_fast.sampling.stream import Drawer
+    from dalle_fast.jobs.stream import Drawer
 
 LOCAL = "local"  # the address that starts a cluster on this machine
 _ANSWERS_WITHIN = 10.0  # seconds

@@ -9,8 +9,8 @@ import pytest
 from small_models import saved_model
 
 from dalle_fast.cli.__main__ import main
-from dalle_fast.sampling.job import JobConfig, hash_model
-from dalle_fast.sampling.on_ray import drawn_on_ray
+from dalle_fast.jobs.job import JobConfig, hash_model
+from dalle_fast.jobs.on_ray import drawn_on_ray
 
 JOB = ("red apple", "a flag", "green apple", "red", "--images-per-prompt", "5", "--batch-size", "2", "--keep", "2")
 MARK = "KILLED_ONCE"  # the variable that names a file; there once an actor was killed

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from stored_jobs import HOSTILE
 
-from dalle_fast.sampling.pages import Picture, PromptOnIndex, gallery_page, index_page, shortened
+from dalle_fast.jobs.pages import Picture, PromptOnIndex, gallery_page, index_page, shortened
 
 VOID = ("meta", "img")
 EXPECTED = {

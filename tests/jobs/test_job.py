@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import saved_model
 
-from dalle_fast.sampling.job import JobConfig, hash_codes, hash_model, read_mapping
+from dalle_fast.jobs.job import JobConfig, hash_codes, hash_model, read_mapping
 
 
 def config(**changes) -> JobConfig:

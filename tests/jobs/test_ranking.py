@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_models import saved_model
 
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.job import Sample
+from dalle_fast.jobs.ranking import ClipRanker, TopK, load_ranker, scores_of
 from dalle_fast.models.clip import CLIP
-from dalle_fast.sampling.drawing_model import DrawingModel
-from dalle_fast.sampling.job import Sample
-from dalle_fast.sampling.ranking import ClipRanker, TopK, load_ranker, scores_of
 
 FITS = {
     "dim_text": 16, "dim_image": 16, "dim_latent": 16, "num_text_tokens": 25, "text_enc_depth": 1, "text_seq_len": 5,

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_fast.sampling.job import DrawnChunk, JobConfig
-from dalle_fast.sampling.run import Draws
+from dalle_fast.jobs.job import DrawnChunk, JobConfig
+from dalle_fast.jobs.run import Draws
 
 if TYPE_CHECKING:
-    from dalle_fast.sampling.stream import Drawer
+    from dalle_fast.jobs.stream import Drawer
 
 _AHEAD = 2  # chunks a worker that are handed out at a time: what waits to be written stays bounded
 _LOOK_EVERY = 0.5  # seconds between looks at what workers have drawn
@@ -84,7 +84,7 @@ class Task:
 
     def drawer(self) -> Drawer:
         """Reads the model, with this many threads from here on."""
-        from dalle_fast.sampling.stream import Drawer  # at call time: a worker that starts needs less
+        from dalle_fast.jobs.stream import Drawer  # at call time: a worker that starts needs less
 
         torch.set_num_threads(self.threads)
         known = None if self.known is None else torch.from_numpy(self.known).long()

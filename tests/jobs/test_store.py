@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored_jobs import BACKEND, HOSTILE, RANKED, contents, decode, drawn, job_config, run
 
-from dalle_fast.sampling.job import DrawnChunk, JobConfig, hash_codes
-from dalle_fast.sampling.manifest import read_manifest
-from dalle_fast.sampling.store import JobFolder, OutOfSpace
+from dalle_fast.jobs.job import DrawnChunk, JobConfig, hash_codes
+from dalle_fast.jobs.manifest import read_manifest
+from dalle_fast.jobs.store import JobFolder, OutOfSpace
 
 PLAIN = job_config()
 SMALL = job_config(images_per_prompt=2, batch_size=3)

@@ -1,0 +1,1 @@
+"""Jobs: many samples of many prompts, ranked, in a folder that survives a kill; on processes, shards and Ray."""
