@@ -92,11 +92,17 @@ def test_what_is_sent_comes_back():
 
 @pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_the_command(model, tmp_path, end):
+def test_workers_end_with_the_command(model, tmp_path, end, request):
     """They are killed in the middle of a chunk that would take minutes."""
     arguments = ["red apple", "--images-per-prompt", "100000", "--batch-size", "20000", "--workers", "2"]
     arguments += ["--engine", "eager", "--model", str(model), "--out", str(tmp_path / "out")]
-    command = subprocess.Popen([sys.executable, "-m", "dalle_fast.cli", "sample", *arguments], stderr=subprocess.PIPE)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "dalle_fast.cli", "sample", *arguments],
+        stderr=subprocess.PIPE,
+        # Shells start what runs in the background deaf to Ctrl-C, and their children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    request.addfinalizer(command.kill)
     workers = []
     while len(workers) < 2:  # the third child counts what is shared
         assert command.poll() is None

@@ -236,14 +236,16 @@ def _load(module: str) -> list[AotCase]:
     return importlib.import_module(module).aot_cases()
 
 
-def in_own_process(*arguments: str) -> list[dict[str, Any]]:
+def in_own_process(*arguments: str, tasks: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Runs this module's command line as tests may: the JSON lines it prints, whatever the gates say.
 
+    Args: tasks: for `--stdin`, of those that `--list` gives.
     Raises: RuntimeError (a case cannot be compiled, or anything else went wrong).
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "triton_tools.ahead_of_time", *arguments]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    given = "".join(json.dumps(task) + "\n" for task in tasks)
+    done = subprocess.run(command, cwd=TESTS, env=environment, input=given, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     refused = any(line.get("problems") for line in lines)
     if done.returncode != int(refused):
