@@ -7,6 +7,7 @@ chunks alone, so a job that was killed ends in the same bytes as one that was no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -86,28 +87,26 @@ class _Finishing:
     def take(self, drawn: DrawnChunk) -> None:
         """Takes a committed chunk; finishes the prompts that it completes."""
         self._backends[drawn.chunk] = drawn.backend
+        pictures = []  # that are kept, whatever comes
         for row, sample in enumerate(self._config.samples_of(drawn.chunk)):
             if sample.prompt_index < self._next:
                 continue
             score = None if drawn.scores is None else float(drawn.scores[row])
             pixels = None if drawn.pixels is None else drawn.pixels[row]
             if pixels is not None and self._config.keep is None:
-                self._folder.write_image(sample, pixels, score)
+                pictures.append((sample, pixels, score))
                 pixels = None
             self._all.setdefault(sample.prompt_index, []).append((sample, score))
             self._best.setdefault(sample.prompt_index, TopK(self._config.keep)).offer(sample, score, pixels)
+        self._write(pictures)
         while len(self._all.get(self._next, ())) == self._config.images_per_prompt:
             self._finish(self._next)
             self._next += 1
 
     def _finish(self, prompt: int) -> None:
         kept = self._best.pop(prompt).kept()
-        to_decode = []
-        for sample, score, pixels in kept:
-            if pixels is not None:
-                self._folder.write_image(sample, pixels, score)
-            elif not self._folder.has_image(sample):
-                to_decode.append((sample, score))
+        self._write([(sample, pixels, score) for sample, score, pixels in kept if pixels is not None])
+        to_decode = [(s, score) for s, score, pixels in kept if pixels is None and not self._folder.has_image(s)]
         for start in range(0, len(to_decode), _DECODED_AT_ONCE):
             self._write_decoded(to_decode[start : start + _DECODED_AT_ONCE])
         everything = sorted(self._all.pop(prompt), key=lambda pair: pair[0].index)
@@ -117,8 +116,13 @@ class _Finishing:
     def _write_decoded(self, samples: list[tuple[Sample, float | None]]) -> None:
         chunks = {chunk: self._folder.read(chunk).tokens for chunk in sorted({self._chunk_of(s) for s, _ in samples})}
         tokens = [chunks[chunk][row] for chunk, row in (self._config.place_of(sample) for sample, _ in samples)]
-        for (sample, score), pixels in zip(samples, self._decode(torch.stack(tokens)), strict=True):
-            self._folder.write_image(sample, pixels, score)
+        decoded = self._decode(torch.stack(tokens))
+        self._write([(sample, pixels, score) for (sample, score), pixels in zip(samples, decoded, strict=True)])
+
+    def _write(self, pictures: list[tuple[Sample, Tensor, float | None]]) -> None:
+        # Compressing them is most of what a job adds to drawing; it needs no interpreter.
+        with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(pictures)))) as pool:
+            list(pool.map(lambda picture: self._folder.write_image(*picture), pictures))
 
     def _chunk_of(self, sample: Sample) -> int:
         return self._config.place_of(sample)[0]
