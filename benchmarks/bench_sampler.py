@@ -1,6 +1,6 @@
 """Drawing pictures token by token: our engines beside a static-cache decoder and the original.
 
-Cases: batches of one prompt (`d512_b32`), all layers of one pattern (`d512_full`), growing grids (`grid48_sweep_row`).
+Cases: batches of one prompt (`d512_b32`), all layers of one pattern (`d512_full`), growing grids (`grid64_sweep_row`).
 What is timed is `generate_images`, pixels included, warm: weights are packed, nothing of the prompt is kept. Whole
 images where that takes seconds; the others are timed at sampled positions, and the whole is the sum of the times
 interpolated linearly between them; their rows say so.
@@ -59,7 +59,7 @@ def _cases() -> list[Case]:
         Case("demo", DEMO | {"attn_types": CYCLE}, mode=MODE),
         Case("odd", ODD | {"attn_types": CYCLE}, mode=MODE),
     ]
-    for grid in (16, 32, 48, 64):
+    for grid in (16, 32, 64):  # a VAE has pictures of a power of two
         for name, attn_types in PATTERNS.items():
             swept = {"grid": grid, "attn_types": attn_types, "pattern": name, "sweep": "grid"}
             cases.append(Case(f"grid{grid}_sweep_{name}", D512 | swept, torch.bfloat16, mode=MODE))

@@ -24,6 +24,7 @@ from benchmarks import (
 from benchmarks.decoding import Inputs, Oracle, Places
 from benchmarks.harness import Case, verified_jobs
 from dalle_fast import _extension
+from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.reference import choose_token as reference
 
 CPU = torch.device("cpu")
@@ -40,6 +41,13 @@ def toy() -> tuple[Inputs, Oracle]:
     oracle = Oracle(TOY, inputs)
     assert 0 < oracle.budget < 1e-4
     return inputs, oracle
+
+
+def test_every_declared_case_has_a_model() -> None:
+    modules = bench_choose_token, bench_prefill, bench_ranking, bench_sampler
+    grids = {case.sizes["grid"] for module in modules for case in module.BENCHMARK.cases if "grid" in case.sizes}
+    for grid in grids:
+        DiscreteVAE(image_size=8 * grid, num_layers=3, num_tokens=4, codebook_dim=4, hidden_dim=4)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
