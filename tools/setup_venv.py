@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "requirements-dev.txt"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 11)
-EXTRAS = "dev,demo,bench"
+EXTRAS = "dev,demo,bench,train"
 WITHOUT_DEPENDENCIES = "clip-anytorch"  # for its CLIP merges file alone: its dependencies would change torch
 
 

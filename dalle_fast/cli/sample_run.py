@@ -27,7 +27,7 @@ from dalle_fast.jobs.preview import Preview
 from dalle_fast.jobs.run import Decode, Draws, run_job
 from dalle_fast.jobs.store import INDEX, JobFolder
 from dalle_fast.jobs.stream import Drawer
-from dalle_fast.jobs.whole_files import make_folder, write_whole
+from dalle_fast.whole_files import make_folder, write_whole
 
 PREVIEW = "preview.png"
 _MOST_ADVISED, _MOST_ADVICE = 100, 5  # prompts that are looked at, sentences that are told

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dalle_fast.jobs.drawing_model import DrawingModel
-from dalle_fast.jobs.whole_files import write_whole
+from dalle_fast.whole_files import write_whole
 from dalle_fast.sampling.gallery import to_pil, to_pixels
 
 _GREY = 0.5

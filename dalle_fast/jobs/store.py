@@ -38,7 +38,7 @@ from dalle_fast.jobs.token_files import (
     read_chunk,
     read_known,
 )
-from dalle_fast.jobs.whole_files import (
+from dalle_fast.whole_files import (
     TEMPORARY,
     bring_to_disk,
     make_folder,

@@ -1,6 +1,6 @@
 """A disk on which one step fails: full, the process killed, or the power gone and what was not yet on the disk.
 
-Steps are what `dalle_fast.jobs.whole_files` and the store do to files: open for writing, write, fsync, rename,
+Steps are what `dalle_fast.whole_files` and the store do to files: open for writing, write, fsync, rename,
 remove, make a folder.
 """
 
@@ -10,7 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
-from dalle_fast.jobs import store, whole_files
+from dalle_fast import whole_files
+from dalle_fast.jobs import store
 
 _NEVER = 10**9
 
