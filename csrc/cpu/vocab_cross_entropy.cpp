@@ -162,14 +162,14 @@ class Backward {
     float* const gradient = columns + tiles * columns_;
     float* const sums = gradient + tiles * columns_;
     const ChunkEnds ends{first == 0, first + tiles == half_.tiles()};
-    VocabChunk chunk{first, tiles, columns, gradient, 0, 0, sums + tiles * sums_, ends};
+    VocabChunk work{first, tiles, columns, gradient, 0, 0, sums + tiles * sums_, ends};
     int32_t status = for_tiles(tiles, vocab_norm_scratch(op_.width), [&](int64_t t, float* scratch) {
       vocab_cross_entropy_norm_again(op_, half_, first + t, columns + t * columns_, scratch);
       std::fill_n(gradient + t * columns_, columns_, 0.0f);
     });
     for (int64_t code = 0; status == 0 && code < half_.codes; code += range_) {
-      chunk.first_code = code, chunk.last_code = std::min(code + range_, half_.codes);
-      status = range(chunk);
+      work.first_code = code, work.last_code = std::min(code + range_, half_.codes);
+      status = range(work);
     }
     if (status != 0) return status;
     status = for_tiles(tiles, vocab_norm_scratch(op_.width), [&](int64_t t, float* scratch) {
