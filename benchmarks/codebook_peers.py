@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.codebook import BOTH, FORWARD, TEMPERATURE, Inputs, Oracle, Results, call_in, noise_of, sizes_of
 from benchmarks.harness import Case, Job, Provider
-from benchmarks.machine import describe_device
+from benchmarks.machine import has_bfloat16_products
 
 PEER_SLACK = 8.0
 # Tensors of float32 [B, K, h, w] alive at the peak, seen at batch 8; given noise and a reserve come on top.
@@ -34,7 +34,6 @@ PEAK_LOGITS = {
 RESERVE = 1.2
 MEMINFO = Path("/proc/meminfo")
 CUDA_COMPILED_BATCH = 8
-BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16")
 
 
 def codebook_peers() -> tuple[Provider, ...]:
@@ -131,17 +130,12 @@ def _missing(case: Case, device: torch.device, *, autocast: bool, compiled: bool
         return "autocast is for 16-bit cases."
     if autocast and case.sizes["straight_through"]:
         return "logits of 16 bits choose other codes than the oracle: autocast is verified soft."
-    if autocast and device.type == "cpu" and not _has_bfloat16_products():
+    if autocast and device.type == "cpu" and not has_bfloat16_products():
         return "this processor has no bfloat16 products: autocast is no faster than float32."
     measured = autocast and case.mode == BOTH and case.sizes["batch"] == CUDA_COMPILED_BATCH
     if compiled and device.type == "cuda" and not measured:
         return f"compiles for long: on a GPU it is measured under autocast, {BOTH}, at batch {CUDA_COMPILED_BATCH}."
     return too_large("original_compiled" if compiled else "original_lines", case, device)
-
-
-def _has_bfloat16_products() -> bool:
-    isa = describe_device(torch.device("cpu"))["isa"]
-    return isinstance(isa, list) and any(name in isa for name in BFLOAT16_PRODUCTS)
 
 
 def _check(case: Case, got: Results, oracle: Oracle, *, autocast: bool) -> str | None:

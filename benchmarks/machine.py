@@ -16,6 +16,7 @@ ISA_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
+BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CACHE_BYTES = 64 * 2**20
@@ -56,6 +57,12 @@ def describe_device(device: torch.device) -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cache_bytes": last_level_cache_bytes(device),
     }
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies bfloat16: without, autocast to it is no faster than float32."""
+    isa = describe_device(torch.device("cpu"))["isa"]
+    return isinstance(isa, list) and any(name in isa for name in BFLOAT16_PRODUCTS)
 
 
 def versions(*packages: str) -> dict[str, str | None]:

@@ -36,6 +36,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dalle_fast_digest": ([_POINTER, _I64, _POINTER], _I32),
     "dalle_fast_sparse_attention_forward": ([_POINTER], _I32),
     "dalle_fast_sparse_attention_backward": ([_POINTER], _I32),
+    "dalle_fast_vocab_cross_entropy_forward": ([_POINTER], _I32),
+    "dalle_fast_vocab_cross_entropy_backward": ([_POINTER], _I32),
 }
 _REBUILD = "Build it: `make setup`, or `python -m dalle_fast._build` in a checkout."
 

@@ -38,6 +38,14 @@ def isa(request):
     _extension.set_isa(before)
 
 
+@pytest.fixture
+def restored_threads():
+    """The number of threads is again what it was when the test ends."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_report_header() -> list[str]:
     """What this run tests on."""
     extension = MISSING or f"instruction sets {', '.join(_extension.instruction_sets())}; auto takes {_extension.isa()}"

@@ -97,7 +97,7 @@ def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("case", TOYS, ids=lambda case: case.label.replace(" ", "-"))
 def test_lines_under_autocast_are_judged_by_16_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codebook_peers, "_has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(codebook_peers, "has_bfloat16_products", lambda: True)
     jobs, found = verified_jobs(BENCHMARK, case, CPU, ("autocast_lines",))
     runs = case.dtype == torch.bfloat16 and not case.sizes["straight_through"]
     assert (bool(jobs), bool(found.absent), found.refused) == (runs, not runs, {})
@@ -105,7 +105,7 @@ def test_lines_under_autocast_are_judged_by_16_bits(case: Case, monkeypatch: pyt
 
 def test_lines_of_another_temperature_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook_peers, "TEMPERATURE", 2.0)
-    monkeypatch.setattr(codebook_peers, "_has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(codebook_peers, "has_bfloat16_products", lambda: True)
     case = codebook_case("toy_soft forward+backward bfloat16")
     jobs, found = verified_jobs(BENCHMARK, case, CPU, ("original_lines", "autocast_lines"))
     assert (jobs, len(found.refused)) == ({}, 2)

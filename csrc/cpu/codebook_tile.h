@@ -97,18 +97,6 @@ static inline void read_bias(const GumbelCodebook& op, int64_t first, int64_t co
   with_elements(op.element, const_cast<void*>(op.bias), [&](auto* data) { load_row(data + first, count, kBlock, to); });
 }
 
-// c = a . b over `steps`, in sums of at most 128 that are then added: as exact as a library's product.
-template <class C>
-static inline void multiply_long(const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, const C& c,
-                                 int64_t rows) {
-  constexpr int64_t kSteps = 128;
-  constexpr int64_t kGroups = kTile / kGroup;
-  multiply(a, a_row, 1, b, b_step, steps < kSteps ? steps : kSteps, Replace{}, c, rows, kGroups);
-  for (int64_t k = kSteps; k < steps; k += kSteps) {
-    multiply(a + k, a_row, 1, b + k * b_step, b_step, steps - k < kSteps ? steps - k : kSteps, Add{}, c, rows, kGroups);
-  }
-}
-
 // Noise of codes first .. first + count - 1 (first a multiple of 4) for the rows of a tile, drawn or as given: [count, kTile].
 static inline void read_noise(const GumbelCodebook& op, const Lanes& lanes, int64_t first, int64_t count, float* noise) {
   if (op.noise.data == nullptr) {

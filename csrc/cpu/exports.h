@@ -10,6 +10,7 @@
 #include "gumbel_codebook.h"
 #include "parallel.h"
 #include "sparse_attention.h"
+#include "vocab_cross_entropy.h"
 
 #define DALLE_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -40,6 +41,10 @@ DALLE_FAST_EXPORT int32_t dalle_fast_sparse_attention_backward(const dalle_fast:
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_forward(const dalle_fast::GumbelCodebook* op);
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_nearest(const dalle_fast::GumbelCodebook* op);
 DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_backward(const dalle_fast::GumbelCodebook* op);
+
+// All tensors of the call: vocab_cross_entropy.h.
+DALLE_FAST_EXPORT int32_t dalle_fast_vocab_cross_entropy_forward(const dalle_fast::VocabCrossEntropy* op);
+DALLE_FAST_EXPORT int32_t dalle_fast_vocab_cross_entropy_backward(const dalle_fast::VocabCrossEntropy* op);
 
 // nearest [n]: for each row of x [n, width] the index of the nearest row of codebook [codes, width].
 DALLE_FAST_EXPORT int32_t dalle_fast_nearest_code(const float* x, int64_t n, int64_t width, const float* codebook,

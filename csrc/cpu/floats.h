@@ -206,6 +206,25 @@ struct Exponential {
   }
 };
 
+// Of positive, normal, finite x; relative error below 2^-23 near 1 too.
+static inline Vec log_float(Vec x) {
+  constexpr int32_t kTwoThirds = 0x3F2AAAAB;
+  const VecI from = reinterpret_cast<VecI>(x) - kTwoThirds;
+  // x = 2^k (1 + r) with r in [-1/3, 1/3)
+  const Vec k = __builtin_convertvector(from >> 23, Vec);
+  const Vec r = reinterpret_cast<Vec>(reinterpret_cast<VecI>(x) - (from & ~0x7FFFFF)) - 1.0f;
+  // (log1p(r) - r) / r^2, fitted to the least largest error times |r|: 2^-25.
+  Vec p = broadcast(0x1.26535ep-3f);
+  p = multiply_add(p, r, broadcast(-0x1.3aca84p-3f));
+  p = multiply_add(p, r, broadcast(0x1.1d1d32p-3f));
+  p = multiply_add(p, r, broadcast(-0x1.5046f4p-3f));
+  p = multiply_add(p, r, broadcast(0x1.99ed88p-3f));
+  p = multiply_add(p, r, broadcast(-0x1.0013dap-2f));
+  p = multiply_add(p, r, broadcast(0x1.5554bep-2f));
+  p = multiply_add(p, r, broadcast(-0x1.ffffd8p-2f));
+  return multiply_add(k, broadcast(0x1.62e43p-1f), multiply_add(r * r, p, r));
+}
+
 // to[j][i] = from[i][j] for a square of 4; strides in floats.
 static inline void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   typedef float V4 __attribute__((vector_size(16)));

@@ -75,8 +75,8 @@ int32_t backward_chunk(const GumbelCodebook& op, const Plan& plan, int64_t first
     for (int64_t s; (s = next()) >= 0;) {
       const int64_t code = s * plan.slice_codes;
       const int64_t last_code = std::min(code + plan.slice_codes, op.codes);
-      const CodeSlice slice{code,       last_code, tiles, prepared, parts + s * tiles * plan.part, first == 0,
-                            first + tiles == tiles_of(op)};
+      const ChunkEnds chunk{first == 0, first + tiles == tiles_of(op)};
+      const CodeSlice slice{code, last_code, tiles, prepared, parts + s * tiles * plan.part, chunk};
       gumbel_codebook_slice(op, first, slice, memory);
     }
   });

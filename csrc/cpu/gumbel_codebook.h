@@ -12,12 +12,6 @@ struct Maps {
   int64_t stride_b, stride_c, stride_y, stride_x;
 };
 
-// Of Element; while rows come in several chunks, sums of 16-bit elements keep the lower halves of their bits apart (rows.h).
-struct CodeGradient {
-  void* data;
-  uint16_t* lower;
-};
-
 enum class Choice : int32_t { soft = 0, straight_through = 1, reinmax = 2 };
 
 // Rows of GumbelCodebook::statistics. Of the scores a maximum and a sum of exponentials relative to it are kept apart: at
@@ -72,8 +66,6 @@ constexpr int kPack = 48;       // channels that lie side by side where a produc
 constexpr int kMostTiles = 4;   // of a forward task: they share packed codes, their results stay in the second-level cache
 constexpr int kMostSlices = 32;  // of codes in the backward pass
 
-// Floats of [channels, kTile], rows across the lanes.
-constexpr int64_t tile_columns(int64_t channels) { return (filled(channels, 16) + kSpareRows) * kTile; }
 // Of [kBlock, channels] and of [kBlock, kTile].
 constexpr int64_t block_rows(int64_t channels) { return (kBlock + kSpareRows) * filled(channels, 16); }
 // Of [dim / kPack, kBlock, kPack].
@@ -102,7 +94,7 @@ struct CodeSlice {
   int64_t tiles;
   const float* prepared;  // of the first tile
   float* dx;              // [tiles, tile_columns(features)]: the part of these codes
-  bool first_chunk, last_chunk;  // the gradients of codes begin, and become elements
+  ChunkEnds chunk;        // of the gradients of codes
 };
 
 }  // namespace dalle_fast

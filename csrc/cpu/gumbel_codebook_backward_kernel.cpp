@@ -182,23 +182,6 @@ void add_gradients(const GumbelCodebook& op, const Prepared& tile, const Codes& 
   }
 }
 
-// Adds rows to those of a gradient, [.., width] from element `at` on; what was summed so far lies there (rows.h).
-void add_rows(const GumbelCodebook& op, const CodeSlice& slice, float* rows, int64_t stride, int64_t count, int64_t width,
-              const CodeGradient& gradient, int64_t first) {
-  with_elements(op.element, gradient.data, [&](auto* data) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = (first + i) * width;
-      uint16_t* const lower = gradient.lower == nullptr ? nullptr : gradient.lower + at;
-      if (!slice.first_chunk) add_sum(rows + i * stride, width, data + at, lower);
-      if (slice.last_chunk) {
-        store_row(data + at, width, rows + i * stride);
-      } else {
-        keep_sum(rows + i * stride, width, data + at, lower);
-      }
-    }
-  });
-}
-
 using Differentiate = decltype(&differentiate<Choice::soft, false>);
 
 Differentiate how_to_differentiate(const GumbelCodebook& op) {
@@ -309,14 +292,14 @@ void gumbel_codebook_slice(const GumbelCodebook& op, int64_t first, const CodeSl
       add_gradients(op, tile, codes, scores, gradients, slice.dx + t * tile_columns(op.features), code == slice.first_code);
       if (op.choice != Choice::soft) add_chosen(op, tile, chosen, codes, gradients.codebook);
     }
-    add_rows(op, slice, gradients.weight, width, codes.count, op.features, op.dweight, code);
-    add_rows(op, slice, gradients.codebook, dim, codes.count, op.dim, op.dcodebook, code);
+    add_rows(gradients.weight, width, codes.count, op.dweight, op.element, op.features, code, slice.chunk);
+    add_rows(gradients.codebook, dim, codes.count, op.dcodebook, op.element, op.dim, code, slice.chunk);
     for (int64_t i = 0; i < codes.count; ++i) {
       float sum = 0.0f;
       for (int lane = 0; lane < kWidth; ++lane) sum += gradients.bias[i * kWidth + lane];
       gradients.bias[i] = sum;  // code i lies behind: nothing that is still to be read
     }
-    add_rows(op, slice, gradients.bias, 1, codes.count, 1, op.dbias, code);
+    add_rows(gradients.bias, 1, codes.count, op.dbias, op.element, 1, code, slice.chunk);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "floats.h"
+#include "tile.h"
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
@@ -108,6 +109,18 @@ static inline void multiply(const float* a, int64_t a_row, int64_t a_step, const
     constexpr int kRows = kWidth == 8 ? 6 : 2;
     multiply_rows<Terms, kRows, 1>(a, a_row, a_step, b, b_step, steps, put, c, rows, column);
 #endif
+  }
+}
+
+// c = a . b over `steps` for kTile columns, in sums of at most 128 that are then added: as exact as a library's product.
+template <class C>
+static inline void multiply_long(const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, const C& c,
+                                 int64_t rows) {
+  constexpr int64_t kSteps = 128;
+  constexpr int64_t kGroups = kTile / kGroup;
+  multiply(a, a_row, 1, b, b_step, steps < kSteps ? steps : kSteps, Replace{}, c, rows, kGroups);
+  for (int64_t k = kSteps; k < steps; k += kSteps) {
+    multiply(a + k, a_row, 1, b + k * b_step, b_step, steps - k < kSteps ? steps - k : kSteps, Add{}, c, rows, kGroups);
   }
 }
 

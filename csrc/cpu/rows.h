@@ -160,6 +160,25 @@ static inline void keep_sum(const float* row, int64_t width, T* sum, uint16_t* l
   for (; i < width; ++i) upper[i] = static_cast<uint16_t>(to_bits(row[i]) >> 16), lower[i] = static_cast<uint16_t>(to_bits(row[i]));
 }
 
+// Adds rows, `stride` floats apart, to those of a gradient [.., width] of Element, from row `first` on. Between its first chunk and
+// its last the sum under way lies there.
+static inline void add_rows(float* rows, int64_t stride, int64_t count, const CodeGradient& gradient, Element element,
+                            int64_t width, int64_t first, const ChunkEnds& chunk) {
+  with_elements(element, gradient.data, [&](auto* data) {
+    for (int64_t i = 0; i < count; ++i) {
+      float* const row = rows + i * stride;
+      const int64_t at = (first + i) * width;
+      uint16_t* const lower = gradient.lower == nullptr ? nullptr : gradient.lower + at;
+      if (!chunk.first) add_sum(row, width, data + at, lower);
+      if (chunk.last) {
+        store_row(data + at, width, row);
+      } else {
+        keep_sum(row, width, data + at, lower);
+      }
+    }
+  });
+}
+
 // Turns the pairs of a padded row by the angles of its position; back: by the opposite angles.
 template <bool kBack>
 static inline void turn_row(float* row, int64_t padded_width, const float* cosines, const float* sines) {

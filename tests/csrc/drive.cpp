@@ -162,6 +162,52 @@ void drive_gumbel_codebook(int64_t features, int64_t codes, int64_t dim, dalle_f
   for (int64_t code : noisy) expect(code >= 0 && code < codes, "chosen codes exist");
 }
 
+// Two samples of 70 positions, of which 40 predict text; some labels do not count. A width of 8200 takes the rows in chunks.
+void drive_vocab_cross_entropy(int64_t width, int64_t text_codes, int64_t image_codes, dalle_fast::Element element,
+                               dalle_fast::Element product, bool plain) {
+  constexpr int64_t kN = 70, kText = 40, kRows = 2 * kN;
+  const int64_t codes = text_codes + image_codes;
+  std::vector<std::vector<char>> tensors;
+  const auto tensor = [&](int64_t count, dalle_fast::Element of) -> dalle_fast::Elements {
+    tensors.push_back(quarters(count, of));
+    return {tensors.back().data(), of};
+  };
+  std::vector<int64_t> labels;
+  for (int64_t i = 0; i < kRows; ++i) {
+    labels.push_back(i % 5 == 3 ? -100 : i * 7 % (i % kN < kText ? text_codes : image_codes));
+  }
+  std::vector<float> statistics(dalle_fast::kVocabStatistics * kRows);
+  float losses[2];
+  dalle_fast::VocabCrossEntropy op{};
+  op.batch = 2, op.n = kN, op.width = width, op.n_text = kText, op.text_codes = text_codes, op.codes = codes;
+  op.product = product, op.divide_max = !plain && width > 1, op.eps = 1e-5f, op.threads = kThreads;
+  op.hidden = tensor(kRows * width, element), op.stride_b = kN * width, op.stride_n = width;
+  op.norm_weight = tensor(width, element), op.norm_bias = tensor(width, dalle_fast::Element::float32);
+  op.weight = tensor(codes * width, element);
+  if (!plain) op.bias = tensor(codes, element);
+  op.labels = labels.data(), op.statistics = statistics.data(), op.losses = losses;
+  op.dlosses[0] = 0.5f, op.dlosses[1] = 2.0f;
+  op.dhidden = tensor(kRows * width, element).data;
+  op.dnorm_weight = tensor(width, element).data, op.dnorm_bias = tensor(width, dalle_fast::Element::float32).data;
+  op.dweight.data = tensor(codes * width, element).data;
+  if (!plain) op.dbias.data = tensor(codes, element).data;
+  expect(dalle_fast_vocab_cross_entropy_forward(&op) == 0, "vocab_cross_entropy forward");
+  expect(losses[0] >= 0 && losses[1] >= 0 && losses[0] + losses[1] < INFINITY, "losses are finite and not negative");
+  expect(dalle_fast_vocab_cross_entropy_backward(&op) == 0, "vocab_cross_entropy backward");
+  if (!plain && element == dalle_fast::Element::float32) {
+    const float* const dbias = static_cast<const float*>(op.dbias.data);
+    for (int half : {0, 1}) {
+      float sum = 0;
+      for (int64_t i = half == 0 ? 0 : text_codes; i < (half == 0 ? text_codes : codes); ++i) sum += dbias[i];
+      expect(std::fabs(sum) <= 1e-4f, "the gradient of a softmax sums to zero");
+    }
+  }
+  const std::vector<std::vector<char>> once = tensors;
+  op.threads = 1;
+  expect(dalle_fast_vocab_cross_entropy_backward(&op) == 0, "vocab_cross_entropy backward");
+  expect(tensors == once, "a second run gives the same bits");
+}
+
 void drive_choose_tokens(int64_t rows, int64_t codes) {
   std::vector<float> logits(rows * codes);
   const std::vector<uint64_t> seeds(rows, ~uint64_t{0});
@@ -237,6 +283,15 @@ int main() {
       }
       for (int64_t codes : {1, 48, 101}) {
         for (int64_t width : {1, 16, 37}) drive_nearest_code(130, codes, width);
+      }
+      for (int32_t element : {0, 1, 2}) {
+        for (int64_t width : {1, 16, 37, 300, 8200}) {
+          const int64_t codes = width > 1000 ? 3 : width % 2 ? 97 : 48;
+          for (int32_t product : {0, element}) {
+            drive_vocab_cross_entropy(width, codes, 5, static_cast<dalle_fast::Element>(element),
+                                      static_cast<dalle_fast::Element>(product), width == 300);
+          }
+        }
       }
       for (int64_t sizes : {0, 1, 2}) {
         const int64_t features[] = {1, 16, 37}, codes[] = {1, 96, 101}, dims[] = {33, 1, 64};

@@ -20,13 +20,6 @@ def kernel(request):
 
 
 @pytest.fixture
-def restored_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN: what a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True)

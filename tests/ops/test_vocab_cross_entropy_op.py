@@ -9,6 +9,7 @@ from dalle_fast.functional import vocab_cross_entropy
 from dalle_fast.layout import TokenLayout
 from dalle_fast.ops.vocab_cross_entropy import facts
 
+OP = "vocab_cross_entropy"
 LAYOUT = TokenLayout(4, (2, 3))
 N_TEXT, N_IMAGE, WIDTH, N = 9, 5, 6, LAYOUT.max_inputs
 
@@ -31,8 +32,8 @@ def _arguments(batch=2, dtype=torch.float32, **changes):
     }
 
 
-def test_strided_views_equal_contiguous_tensors_and_inputs_stay():
-    plain = _arguments()
+def test_strided_views_equal_contiguous_tensors_and_inputs_stay(impl):
+    plain = _arguments(impl=impl)
     strided = {
         **plain,
         "hidden": plain["hidden"].transpose(0, 1).contiguous().transpose(0, 1),
@@ -45,23 +46,23 @@ def test_strided_views_equal_contiguous_tensors_and_inputs_stay():
     assert all(torch.equal(strided[name], value) for name, value in before.items())
 
 
-def test_an_empty_batch_costs_nothing():
-    arguments = _arguments(0)
-    arguments["hidden"].requires_grad_()
+def test_an_empty_batch_costs_nothing(impl):
+    arguments = _arguments(0, impl=impl)
+    leaves = [arguments[name].requires_grad_() for name in ("hidden", "weight", "bias")]
     losses = vocab_cross_entropy(**arguments)
     assert losses[0] == 0 and losses[1] == 0
-    sum(losses).backward()
-    assert arguments["hidden"].grad.shape == (0, N, WIDTH)
+    gradients = torch.autograd.grad(sum(losses), leaves)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(gradients, leaves, strict=True))
 
 
-def test_no_bias_is_a_bias_of_zeros():
-    without = vocab_cross_entropy(**_arguments(bias=None))
-    zeros = vocab_cross_entropy(**_arguments(bias=torch.zeros(N_TEXT + N_IMAGE)))
+def test_no_bias_is_a_bias_of_zeros(impl):
+    without = vocab_cross_entropy(**_arguments(bias=None, impl=impl))
+    zeros = vocab_cross_entropy(**_arguments(bias=torch.zeros(N_TEXT + N_IMAGE), impl=impl))
     assert all(torch.equal(a, b) for a, b in zip(without, zeros, strict=True))
 
 
-def test_autocast_rounds_the_operands_of_the_products_and_takes_mixed_dtypes():
-    arguments = _arguments()
+def test_autocast_rounds_the_operands_of_the_products_and_takes_mixed_dtypes(impl):
+    arguments = _arguments(impl=impl)
     arguments["hidden"] = arguments["hidden"].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         losses = vocab_cross_entropy(**arguments)
@@ -97,6 +98,8 @@ def test_refuses_sequences_with_the_last_token():
 
 
 def test_refuses_tensors_that_do_not_fit():
+    expected = "vocab_cross_entropy: hidden must have a width of at least 1, got [2, 8, 0]. Give all channels."
+    _refused(ValueError, expected, hidden=torch.zeros(2, 8, 0))
     expected = "vocab_cross_entropy: weight must be [V, C=6], got [14, 5]. Give the head's own weight."
     _refused(ValueError, expected, weight=torch.zeros(14, 5))
     expected = "vocab_cross_entropy: bias must be [V=14], got [9]. There is one bias a row of weight."
@@ -126,14 +129,14 @@ def test_refuses_mixed_dtypes():
     ("position", "label", "half", "largest"),
     [(0, N_TEXT, "text", N_TEXT - 1), (3, N_IMAGE, "image", N_IMAGE - 1), (4, -1, "image", N_IMAGE - 1)],
 )
-def test_refuses_ids_out_of_range(position, label, half, largest):
+def test_refuses_ids_out_of_range(position, label, half, largest, impl):
     labels = torch.zeros(2, N, dtype=torch.int64)
     labels[1, position] = label
     expected = (
         f"vocab_cross_entropy: labels of {half} positions must be in 0..{largest}, or -100 for not counted, got"
         f" {label}. Image codes come without the offset of the text vocabulary."
     )
-    _refused(ValueError, expected, labels=labels)
+    _refused(ValueError, expected, labels=labels, impl=impl)
 
 
 def test_explains_itself():
