@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor
 
 from dalle_fast.jobs.drawing_model import DrawingModel
-from dalle_fast.whole_files import write_whole
 from dalle_fast.sampling.gallery import to_pil, to_pixels
+from dalle_fast.whole_files import write_whole
 
 _GREY = 0.5
 _GAP = 2  # pixels between pictures
