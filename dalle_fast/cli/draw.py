@@ -10,7 +10,10 @@ import torch
 from tqdm import tqdm
 
 from dalle_fast.jobs.drawing_model import SHIPPED_MODEL, DrawingModel, SamplingSettings
+from dalle_fast.jobs.ranking import Ranker, load_ranker, scores_of
 from dalle_fast.sampling.gallery import labelled_grid, to_pixels
+
+_CANDIDATES = 16
 
 
 @click.command()
@@ -30,6 +33,12 @@ from dalle_fast.sampling.gallery import labelled_grid, to_pixels
     help="The sheet to write, a PNG.",
 )
 @click.option("--images-per-prompt", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--candidates",
+    type=click.IntRange(1),
+    default=None,
+    help=f"Draw this many a prompt and show the best by the model's own CLIP; default: {_CANDIDATES} where it has one.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
@@ -52,6 +61,7 @@ def draw(
     directory: Path,
     out: Path,
     images_per_prompt: int,
+    candidates: int | None,
     seed: int,
     temperature: float | None,
     top_k: int | None,
@@ -66,14 +76,45 @@ def draw(
         if not chosen or not all(prompt.strip() for prompt in chosen):
             raise ValueError("draw: prompts must be texts, got an empty one. Say what to draw.")
         settings = model.settings.overridden(temperature=temperature, top_k=top_k, cond_scale=cond_scale)
-        rows, seconds = _drawn(model, chosen, images_per_prompt, seed, settings)
+        ranker = _own_ranker(directory, model, candidates)
+        n = _candidates(images_per_prompt, candidates, ranked=ranker is not None)
+        rows, seconds = _drawn(model, chosen, n, seed, settings)
+        if ranker is not None:
+            rows = [(prompt, _best(ranker, prompt, pixels, images_per_prompt)) for prompt, pixels in rows]
     except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from None
     labelled_grid(rows, scale=scale).save(out)
-    n_images = len(chosen) * images_per_prompt
+    n_images = len(chosen) * n
     pictures = "1 picture" if n_images == 1 else f"{n_images} pictures"
     rate = n_images * model.dalle.image_seq_len / seconds
-    click.echo(f"{pictures} in {seconds:.1f} s, {rate:.0f} image tokens/s. Look at {out.resolve()}")
+    shown = "" if n == images_per_prompt else f" The best {images_per_prompt} of {n} a prompt, by the model's CLIP."
+    click.echo(f"{pictures} in {seconds:.1f} s, {rate:.0f} image tokens/s.{shown} Look at {out.resolve()}")
+
+
+def _own_ranker(directory: Path, model: DrawingModel, candidates: int | None) -> Ranker | None:
+    """The CLIP beside the model, None where there is none."""
+    clip = directory / "clip"
+    if clip.is_dir():
+        return load_ranker(str(clip), model)
+    if candidates is not None:
+        raise ValueError(
+            f"draw: candidates are ranked by the model's own CLIP, got none at {clip}. Leave --candidates out, or rank"
+            " with `dalle-fast sample --rank`."
+        )
+    return None
+
+
+def _candidates(shown: int, wanted: int | None, *, ranked: bool) -> int:
+    """How many pictures to draw for each prompt."""
+    if wanted is not None and wanted < shown:
+        raise ValueError(f"draw: candidates must be at least the {shown} images per prompt, got {wanted}.")
+    return (wanted or max(shown, _CANDIDATES)) if ranked else shown
+
+
+def _best(ranker: Ranker, prompt: str, pixels: torch.Tensor, n: int) -> torch.Tensor:
+    """The n best of pictures [N, C, H, W] of a prompt, the best first."""
+    order = scores_of(ranker, [prompt] * len(pixels), pixels.float()).argsort(descending=True, stable=True)
+    return pixels[order[:n]]
 
 
 def _drawn(

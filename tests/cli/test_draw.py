@@ -1,5 +1,8 @@
 """`dalle-fast draw` on a model saved by the test."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -8,6 +11,11 @@ from small_models import small_dalle
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle_fast.cli.draw import draw
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.ranking import load_ranker
+from dalle_fast.models.clip import CLIP
+from dalle_fast.models.dalle import DALLE
+from dalle_fast.sampling.gallery import to_pixels
 
 
 @pytest.fixture
@@ -98,3 +106,44 @@ def test_bad_input_ends_with_a_sentence(saved, tmp_path, arguments, message):
     assert result.exit_code == 1
     assert message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "sheet.png").exists()
+
+
+@pytest.fixture
+def ranked(saved):
+    """The model with a CLIP beside it."""
+    dalle = DALLE.from_pretrained(saved)
+    torch.manual_seed(0)
+    clip = CLIP(
+        dim_text=8, dim_image=8, dim_latent=8, num_text_tokens=8, text_enc_depth=1, text_seq_len=dalle.text_seq_len,
+        text_heads=1, visual_enc_depth=1, visual_heads=1, visual_image_size=dalle.vae.image_size,
+        visual_patch_size=8, channels=dalle.vae.channels,
+    )  # fmt: skip
+    clip.save_pretrained(saved / "clip")
+    return saved
+
+
+def sheet(path, *arguments):
+    result = run("red apple", "--model", path, "--out", path.parent / "sheet.png", *arguments)
+    assert result.exit_code == 0, result.output
+    return np.asarray(Image.open(path.parent / "sheet.png")).astype(int), result.output
+
+
+def test_the_best_of_the_candidates_by_the_models_own_clip_are_shown(ranked):
+    best, said = sheet(ranked, "--images-per-prompt", 1)
+    assert "16 pictures" in said and "The best 1 of 16 a prompt" in said
+    model = DrawingModel.read(ranked)
+    text = model.token_ids(["red apple"] * 16, truncate=False)
+    pixels = to_pixels(model.dalle.vae, model.dalle.generate_images(text, seed=0)).float()
+    scores = load_ranker(str(ranked / "clip"), model)(["red apple"] * 16, pixels)
+    alone, _ = sheet(ranked, "--images-per-prompt", 1, "--candidates", 1, "--seed", int(scores.argmax()))
+    assert (best == alone).all()
+    other, _ = sheet(ranked, "--images-per-prompt", 1, "--candidates", 1, "--seed", int(scores.argmin()))
+    assert (best != other).any()
+
+
+def test_candidates_fewer_than_shown_or_without_a_clip_are_refused(saved, ranked, tmp_path):
+    few = run("red apple", "--model", ranked, "--candidates", 2, "--out", tmp_path / "sheet.png")
+    assert few.exit_code == 1 and "at least the 4 images per prompt, got 2" in few.output
+    shutil.rmtree(ranked / "clip")
+    none = run("red apple", "--model", saved, "--candidates", 8, "--out", tmp_path / "sheet.png")
+    assert none.exit_code == 1 and "the model's own CLIP, got none" in none.output
