@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle_fast import patterns
 from dalle_fast.layout import TokenLayout, as_grid
@@ -96,6 +97,9 @@ class Transformer(Pretrained):
         stable, sandwich_norm, shift_tokens, rotary_emb, shared_attn_ids, shared_ff_ids: as the original.
         sparse_attn, optimize_for_inference: accepted for old code, without effect: `attn_types` says which layers are
             sparse, and every layer decodes from its own cache.
+    Attributes:
+        checkpointing: False; True stores the inputs of blocks alone and computes a block again in the backward pass
+            (torch.utils.checkpoint), with the same bits. Without effect on `reversible` models, which store less.
     Raises: ValueError (unknown type, sizes that do not fit, shared ids whose types differ).
     """
 
@@ -134,6 +138,7 @@ class Transformer(Pretrained):
             )
         self.seq_len = seq_len
         self.reversible = reversible
+        self.checkpointing = False
         self.layout = _layout(seq_len, image_fmap_size)
         self._random = attn_dropout > 0 or ff_dropout > 0
         types = attention_types(attn_types, depth)
@@ -172,9 +177,9 @@ class Transformer(Pretrained):
             raise ValueError(f"Transformer: N must be at most {self.layout.length}, got {x.shape[1]}.")
         halves = self._halves(mask, cache)
         if not self.reversible:
-            for attn, ff in halves:
-                x = x + attn(x)
-                x = x + ff(x)
+            again = self.checkpointing and torch.is_grad_enabled() and cache is None
+            for pair in halves:
+                x = _recomputed(x, *pair, random=self.training and self._random) if again else _block(x, *pair)
         elif torch.is_grad_enabled():
             random = self.training and self._random
             x1, x2 = reversible(x, x, halves, tuple(self.blocks.parameters()), random=random)
@@ -207,6 +212,15 @@ class Transformer(Pretrained):
     def _pattern(self, name: str, causal: bool) -> AttentionPattern:
         name = {"sparse": "block_sparse"}.get(name, name)
         return patterns.make(name if causal else "bidirectional", text_len=self.layout.text_len, grid=self.layout.grid)
+
+
+def _block(x: Tensor, attn: Callable[[Tensor], Tensor], ff: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + attn(x)
+    return x + ff(x)
+
+
+def _recomputed(x: Tensor, attn: Callable[[Tensor], Tensor], ff: Callable[[Tensor], Tensor], *, random: bool) -> Tensor:
+    return checkpoint(_block, x, attn, ff, use_reentrant=False, preserve_rng_state=random)
 
 
 class DivideMax(nn.Module):
