@@ -124,7 +124,8 @@ class DALLE(Pretrained):
         null_cond_prob: float = 0.0,
         cache: dict[str, Any] | None = None,
         labels: Tensor | None = None,
-    ) -> Tensor:
+        return_loss_parts: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits of every next token, or the loss.
 
         Args:
@@ -138,9 +139,15 @@ class DALLE(Pretrained):
                 cache has not seen are read, and only their logits returned.
             labels: int [B, n], the codes a loss compares with, where they are not those of `image` (noise in what is
                 read, a relabelled image).
-        Returns: [B, N, total_tokens], -finfo.max where a position cannot predict a token; or the scalar loss.
+            return_loss_parts: with return_loss, also return its two means, from the same pass.
+        Returns: [B, N, total_tokens], -finfo.max where a position cannot predict a token; or the scalar loss; or
+            (loss, text loss, image loss), scalars, the last two detached.
         Raises: ValueError, TypeError (shapes, ranges, dtypes, a cache that belongs to another call).
         """
+        if return_loss_parts and not return_loss:
+            raise ValueError(
+                "DALLE: return_loss_parts must come with return_loss=True, got False. Logits have no parts."
+            )
         text = self._checked_text(text)
         if null_cond_prob > 0:
             dropped = torch.rand(text.shape[0], device=text.device) < null_cond_prob
@@ -150,9 +157,10 @@ class DALLE(Pretrained):
         if return_loss:
             if cache is not None:
                 raise ValueError("DALLE: return_loss and cache cannot be combined. A loss needs every position.")
-            return self._loss(
-                text, codes, codes if labels is None else checked_labels(labels, codes, self.num_image_tokens)
-            )
+            wanted = codes if labels is None else checked_labels(labels, codes, self.num_image_tokens)
+            text_loss, image_loss = self._losses(text, codes, wanted)
+            loss = (text_loss + self.loss_img_weight * image_loss) / (self.loss_img_weight + 1)
+            return (loss, text_loss.detach(), image_loss.detach()) if return_loss_parts else loss
         if labels is not None:
             raise ValueError("DALLE: labels are what a loss compares with, got them without return_loss=True.")
         if cache is not None:
@@ -350,18 +358,18 @@ class DALLE(Pretrained):
         cache.update(state=state, offset=state.offset)
         return logits
 
-    def _loss(self, text: Tensor, codes: Tensor, wanted: Tensor) -> Tensor:
+    def _losses(self, text: Tensor, codes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over text and over image tokens."""
         if codes.shape[0] == 0 or codes.shape[1] == 0:
             raise ValueError(
                 f"DALLE: return_loss needs at least one text and one image code, got image codes {list(codes.shape)}."
             )
         labels = torch.cat((text[:, 1:], wanted), dim=1)
         hidden = self.transformer(self._embed(text, codes)[:, : labels.shape[1]])
-        text_loss, image_loss = vocab_cross_entropy(
+        return vocab_cross_entropy(
             hidden, (self.logits_norm.weight, self.logits_norm.bias), self.to_logits.weight, self.to_logits.bias,
             labels, self.layout, self.num_text_tokens, divide_max=self.stable,
         )  # fmt: skip
-        return (text_loss + self.loss_img_weight * image_loss) / (self.loss_img_weight + 1)
 
     # -------------------------------------------------------------------------------------------- checks
 

@@ -1,4 +1,4 @@
-"""DALLE beyond the original's interface: labels of their own."""
+"""DALLE beyond the original's interface: labels of their own, the parts of its loss."""
 
 import pytest
 import torch
@@ -31,3 +31,18 @@ def test_bad_labels_are_refused_in_words():
         model(text, codes, return_loss=True, labels=codes + 30)
     with pytest.raises(ValueError, match="without return_loss"):
         model(text, codes, labels=codes)
+
+
+def test_the_parts_of_the_loss_are_those_it_is_made_of():
+    model, text, codes = small_dalle(loss_img_weight=3), prompts(3), _codes(0)
+    logits = model(text, codes)
+    in_text = F.cross_entropy(logits[:, :5].transpose(1, 2), model.padded_text(text)[:, 1:])
+    in_image = F.cross_entropy(logits[:, 5:, model.num_text_tokens :].transpose(1, 2), codes)
+    loss, text_loss, image_loss = model(text, codes, return_loss=True, return_loss_parts=True)
+    assert torch.equal(loss, model(text, codes, return_loss=True)) and loss.requires_grad
+    assert torch.equal(loss, (text_loss + 3 * image_loss) / 4)
+    assert not text_loss.requires_grad and not image_loss.requires_grad
+    assert_same_in_float64(text_loss, in_text, 4 * 128 * 3 * 69)
+    assert_same_in_float64(image_loss, in_image, 4 * 128 * 3 * 69)
+    with pytest.raises(ValueError, match="return_loss_parts must come with return_loss=True"):
+        model(text, codes, return_loss_parts=True)
