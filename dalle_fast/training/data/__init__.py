@@ -1,0 +1,108 @@
+"""Data for training: folders of pictures with captions, tar shards, codes written by `dalle-fast encode`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dalle_fast.training.data.captions import Captions
+from dalle_fast.training.data.pictures import Pixels
+from dalle_fast.training.data.samples import Samples
+from dalle_fast.training.data.source import SampleSource
+
+if TYPE_CHECKING:
+    from dalle_fast.training.config import DataConfig
+
+__all__ = ["Source", "open_samples", "open_source"]
+
+
+class Source(Protocol):
+    """What the training loop asks of data.
+
+    A batch is a dict: "pixels" uint8 [b, C, S, S] or "codes" long [b, image_seq_len], "text" long [b, text_seq_len],
+    "position" long [b] (number among all samples ever trained on), "index" long [b] (in the data), "names" list[str].
+    """
+
+    n: int  # samples of an epoch
+
+    def loader(
+        self,
+        *,
+        rank: int,
+        world: int,
+        batch: int,
+        micro_batch: int,
+        first_step: int,
+        steps: int,
+        seed: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """This process's micro-batches, steps * (batch // (world * micro_batch)) of them."""
+
+    def held_out(self, batch: int) -> Iterator[dict[str, Any]] | None:
+        """What is kept from training, in a fixed order, nothing drawn; None if nothing is."""
+
+    def skipped(self) -> Counter[str]:
+        """Reason -> how many samples were left out."""
+
+    def report(self, out: Path) -> str:
+        """Before the first step: what the data are, as text; also writes out/data.txt and out/batch.png."""
+
+
+def open_source(
+    config: DataConfig,
+    *,
+    image_size: int,
+    channels: int,
+    tokenizer: Any,
+    text_seq_len: int | None,
+    need: Collection[str],
+) -> Source:
+    """The data that a configuration names.
+
+    Args:
+        image_size, channels: of the pictures.   tokenizer, text_seq_len: of the captions; None where none are needed.
+        need: of "pixels", "text", "codes". "codes" means codes where the source has them and pixels, to be encoded,
+            where it does not; "pixels" means pixels, so a folder of codes is refused.
+    Raises: FileNotFoundError, ValueError, TypeError (data that do not fit).
+    """
+    captioned = "text" in need
+    samples = open_samples(config.source, captioned=captioned)
+    if samples.has_codes and "pixels" in need:
+        raise ValueError(
+            f"train: the data must be pictures, got the codes in {config.source}. Name what they were encoded from."
+        )
+    captions = None
+    if captioned:
+        assert text_seq_len is not None
+        captions = Captions(
+            tokenizer,
+            text_seq_len,
+            truncate=config.truncate,
+            first_caption=config.first_caption,
+            word_dropout=config.word_dropout,
+            bpe_dropout=config.bpe_dropout,
+        )
+    pixels = Pixels(
+        image_size,
+        channels,
+        resize=config.resize,
+        smallest_crop=config.smallest_crop,
+        captioned=captioned,
+        flip=config.flip,
+        augment=config.augment,
+    )
+    return SampleSource(samples, pixels=pixels, captions=captions, held_out=config.held_out)
+
+
+def open_samples(source: str, *, captioned: bool) -> Samples:
+    """The samples of a folder of pictures, of shards, or of a folder of codes.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    from dalle_fast.training.data.folders import FolderSamples  # each kind alone, with what it needs
+
+    return FolderSamples(Path(source), captioned=captioned)
