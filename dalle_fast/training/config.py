@@ -168,8 +168,8 @@ class VaeConfig(TrainConfig):
     """Of a DiscreteVAE.
 
     temperature: of the gumbel softmax.   kl: weight of the KL term.   entropy_weight: of a bonus on the entropy of the
-    mean code usage.   l1_weight: of the absolute error beside the model's own.   plain_steps: before anything is
-    quantised (VQ only).
+    mean code usage in a micro-batch.   l1_weight: of the absolute error beside the model's own.   plain_steps: before
+    anything is quantised (VQ only).   fold: save a VQ model as a gumbel one of the same codes.
     """
 
     kind: Literal["vae"] = "vae"
@@ -178,12 +178,15 @@ class VaeConfig(TrainConfig):
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0
     l1_weight: Annotated[float, Field(ge=0)] = 0.0
     plain_steps: Annotated[int, Field(ge=0)] = 0
+    fold: bool = False
 
 
 class DalleConfig(TrainConfig):
     """Of a DALLE.
 
-    vae: directory of the saved VAE.   tokenizer: file, or "clip".   null_cond_prob: of an empty caption, for guidance.
+    vae: directory of the saved VAE.   tokenizer: file, "clip" or "chinese".
+    null_cond_prob: of an empty caption, for guidance.
+    padding_loss: which text positions behind a caption count: "all", as in the original, or the "first", its end.
     end_to_end: gradients of the token loss reach the VAE's encoder.
     """
 
@@ -192,11 +195,12 @@ class DalleConfig(TrainConfig):
     tokenizer: str = "clip"
     null_cond_prob: Share = 0.0
     code_noise: CodeNoise = CodeNoise()
+    padding_loss: Literal["first", "all"] = "first"
     end_to_end: bool = False
 
 
 class ClipConfig(TrainConfig):
-    """Of a CLIP. tokenizer: file, or "clip"."""
+    """Of a CLIP. tokenizer: file, "clip" or "chinese"."""
 
     kind: Literal["clip"] = "clip"
     tokenizer: str = "clip"
