@@ -1,0 +1,230 @@
+"""The folder of a training: its configuration, who writes there, and checkpoints that are whole or not there.
+
+    config.yaml                     the training, resolved
+    checkpoints/step-00000100/      Accelerate's state, trainer.json, ema.safetensors; done.json: all files, their sizes
+    checkpoints/step-00000100.broken/   one that was found damaged
+    .lock                           held by the process that writes
+
+A checkpoint is written under a temporary name, brought to the disk and renamed; then older ones go. Files of all
+processes lie in one folder: several machines need a file system that they share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from dalle_fast.training.agreement import all_do, main_does
+from dalle_fast.training.config import TrainConfig
+from dalle_fast.whole_files import TEMPORARY, bring_to_disk, make_folder, write_whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+_DONE, _FACTS, _LOCK = "done.json", "trainer.json", ".lock"
+_NAME = re.compile(r"step-(\d{8,})")
+
+_log = logging.getLogger(__name__)
+
+
+def claim(out: Path, config: TrainConfig) -> IO[bytes]:
+    """Makes the folder of a training, or goes on in it; the open file keeps other processes out.
+
+    Raises: ValueError (the folder holds something else, or a training that differs), RuntimeError (another process
+        writes there), OSError.
+    """
+    path = out / CONFIG
+    if out.is_dir() and not path.is_file():
+        others = sorted(e.name for e in os.scandir(out) if not e.name.startswith((TEMPORARY, _LOCK)))
+        if others:
+            raise ValueError(
+                f"train: {out} must be new, empty or the folder of a training, got one that holds {others[0]!r} and "
+                f"no {CONFIG}. Name another folder."
+            )
+    make_folder(out)
+    lock = _lock(out)
+    try:
+        if path.is_file():
+            stored = type(config).from_yaml(path.read_text(encoding="utf-8"), path)
+            if differing := config.differences(stored):
+                raise ValueError(
+                    f"train: {out} must hold this training, got one that differs in {', '.join(differing)}. "
+                    "Take the settings that it was started with, or name another folder."
+                )
+        write_whole(path, [config.to_yaml().encode()])
+        make_folder(out / CHECKPOINTS)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _lock(out: Path) -> IO[bytes]:
+    file = open(out / _LOCK, "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(
+            f"train: {out} must be written by one training at a time, got another one at work there. "
+            "Wait for it, or name another folder."
+        ) from None
+    return file
+
+
+class Checkpoints:
+    """The checkpoints of a training. All processes call its methods together.
+
+    Args: folder: they lie in it.   keep: how many stay.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int) -> None:
+        self._accelerator = accelerator
+        self.folder = folder
+        self._keep = keep
+        self._whole_ones: list[str] = []
+
+    def save(self, step: int, facts: dict[str, Any], write_more: Callable[[Path], None]) -> None:
+        """Writes the state of `step` steps.
+
+        Args: facts: for JSON.   write_more: adds files to the folder it is given; in the main process.
+        Raises: RuntimeError (it could not be written; the ones before are as they were).
+        """
+        scratch = self.folder / f"{TEMPORARY}step-{step:08d}"
+
+        def prepare() -> None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+
+        def finish() -> None:
+            (scratch / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            write_more(scratch)
+            _seal(scratch, step)
+            path = self.folder / f"step-{step:08d}"
+            if path.exists():
+                _set_aside(path)
+            os.replace(scratch, path)
+            bring_to_disk(self.folder)
+
+        try:
+            main_does(self._accelerator, prepare)
+            all_do(self._accelerator, lambda: _save_state(self._accelerator, scratch))
+            main_does(self._accelerator, finish)
+        except Exception as error:
+            main_does(self._accelerator, lambda: shutil.rmtree(scratch, ignore_errors=True))
+            raise RuntimeError(self.sentence(f"the checkpoint of step {step} must be written", error)) from error
+        self._whole_ones.append(f"step-{step:08d}")
+        main_does(self._accelerator, self._remove_old)
+
+    def load(self, read_more: Callable[[Path], None]) -> dict[str, Any] | None:
+        """Reads the last good state; its facts, None where there is no checkpoint.
+
+        Args: read_more: reads what `write_more` wrote; in all processes.
+        Raises: RuntimeError (there are some, and none can be read).
+        """
+        names = main_does(self._accelerator, self._look)
+        for number, name in enumerate(names, start=1):
+            path = self.folder / name
+
+            def read(path: Path = path) -> None:
+                self._accelerator.load_state(str(path))
+                read_more(path)
+
+            try:
+                all_do(self._accelerator, read)
+            except Exception as error:
+                main_does(self._accelerator, lambda path=path, error=error: _warn_and_set_aside(path, error))  # type: ignore[misc]
+                continue
+            self._whole_ones = names[number - 1 :][::-1]
+            return json.loads((path / _FACTS).read_text(encoding="utf-8"))
+        if names:
+            raise RuntimeError(
+                f"train: a checkpoint in {self.folder} must be readable, got none that is. They were set aside as "
+                "*.broken; to begin anew, name another folder."
+            )
+        return None
+
+    @property
+    def last_good(self) -> str:
+        """Where the last one is, in words."""
+        return str(self.folder / self._whole_ones[-1]) if self._whole_ones else "none yet"
+
+    def sentence(self, what: str, error: Exception) -> str:
+        """That something could not be written, and what is safe."""
+        reason = (
+            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else " ".join(str(error).split())
+        )
+        free = shutil.disk_usage(self.folder).free / 2**20
+        return (
+            f"train: {what} to {self.folder.parent}, got {reason!r:.300} ({free:.0f} MiB are free there). "
+            f"Last good checkpoint: {self.last_good}. Make room, and run the same command again."
+        )
+
+    def _look(self) -> list[str]:
+        """Names of those that are whole, the last first; damaged ones are set aside, what killed processes left goes."""
+        names = []
+        for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name, reverse=True):
+            path = Path(entry.path)
+            if entry.name.startswith(TEMPORARY):
+                shutil.rmtree(path, ignore_errors=True)
+            elif _NAME.fullmatch(entry.name):
+                if complaint := _complaint(path):
+                    _warn_and_set_aside(path, complaint)
+                else:
+                    names.append(entry.name)
+        return sorted(names, key=lambda name: int(name.rpartition("-")[2]), reverse=True)
+
+    def _remove_old(self) -> None:
+        while len(self._whole_ones) > self._keep:
+            path = self.folder / self._whole_ones.pop(0)
+            gone = path.with_name(f"{TEMPORARY}{path.name}")
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _save_state(accelerator: Accelerator, folder: Path) -> None:
+    accelerator.save_state(str(folder))
+    if not any(folder.iterdir()):
+        raise OSError(f"{folder} stayed empty; do all machines see it?")
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Brings all files to the disk and writes down what they are."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
+        bring_to_disk(path)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_whole(folder / _DONE, [json.dumps({"step": step, "files": sizes}, indent=1).encode()])
+
+
+def _complaint(path: Path) -> str:
+    """Why a checkpoint is not whole; "" if it is."""
+    try:
+        sizes = json.loads((path / _DONE).read_text(encoding="utf-8"))["files"]
+        for name, size in sizes.items():
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} must have {size} bytes, got {found}"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _warn_and_set_aside(path: Path, why: object) -> None:
+    aside = _set_aside(path)
+    _log.warning("train: checkpoint %s is damaged (%s). It is %s now; an older one is taken.", path, why, aside.name)
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.broken")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
