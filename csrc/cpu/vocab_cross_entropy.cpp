@@ -15,7 +15,8 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kWorkspace = int64_t{16} << 18;  // floats: 16 MB
+// Floats: 12 MB, of which the forward takes half. Freed by the one it may still be held when the other takes its own.
+constexpr int64_t kWorkspace = int64_t{12} << 18;
 
 constexpr int64_t shares(int64_t count, int64_t most) { return (count + most - 1) / most; }
 
@@ -148,7 +149,7 @@ class Backward {
   bool in_chunks() const { return tiles_ < half_.tiles(); }
 
   // Adds what the half's rows give to the sums of the norm's gradients.
-  int32_t run(float* memory, std::vector<float>& norm) const {
+  int32_t run(float* memory, std::vector<double>& norm) const {
     if (half_.count == 0) clear_codes();
     int32_t status = 0;
     for (int64_t first = 0; status == 0 && first < half_.tiles(); first += tiles_) {
@@ -158,7 +159,7 @@ class Backward {
   }
 
  private:
-  int32_t chunk(int64_t first, int64_t tiles, float* columns, std::vector<float>& norm) const {
+  int32_t chunk(int64_t first, int64_t tiles, float* columns, std::vector<double>& norm) const {
     float* const gradient = columns + tiles * columns_;
     float* const sums = gradient + tiles * columns_;
     const ChunkEnds ends{first == 0, first + tiles == half_.tiles()};
@@ -249,11 +250,11 @@ int32_t dalle_fast_vocab_cross_entropy_backward(const dalle_fast::VocabCrossEntr
   if (halves.of[0].count + halves.of[1].count < op.rows()) {
     std::memset(op.dhidden, 0, op.rows() * op.width * bytes_of(op.hidden.element));
   }
-  std::vector<float> norm(2 * filled(op.width, 16), 0.0f);
+  std::vector<double> norm(2 * filled(op.width, 16), 0.0);
   Scratch workspace;
   float* const memory = workspace.take(std::max(text.floats(), image.floats()));
   int32_t status = text.run(memory, norm);
   if (status == 0) status = image.run(memory, norm);
-  vocab_cross_entropy_norm_gradients(op, norm.data());
+  vocab_cross_entropy_norm_gradients(op, std::vector<float>(norm.begin(), norm.end()).data());
   return status;
 }

@@ -13,14 +13,14 @@ struct Elements {
   Element element;
 };
 
-// Rows of VocabCrossEntropy::statistics, float32; 0 where a label does not count. Of the logits a maximum and a sum are kept apart:
-// at logits of 1e4 their log-sum-exp would be off by 1e-3.
+// Rows of VocabCrossEntropy::statistics, float32; 0 where a label does not count. Of the logits a maximum and the logarithm of a
+// sum are kept apart: at logits of 1e4 their sum would be off by 1e-3.
 enum VocabStatistic {
   kDivisor,         // of hidden: its signed maximum, or 1
-  kMean,            // of hidden / divisor
-  kDeviation,       // 1 / sqrt(variance + eps) of it
+  kMean,            // of hidden
+  kDeviation,       // 1 / sqrt(variance + eps) of hidden / divisor
   kLogitMax,
-  kLogitSum,        // of exp(l - max)
+  kLogitLogSum,     // log of the sum of exp(l - max)
   kRowLoss,
   kVocabStatistics
 };
@@ -85,13 +85,13 @@ constexpr int64_t vocab_weights(int64_t width) { return (vocab_block(width) + kS
 constexpr int64_t vocab_scores(int64_t width) { return (vocab_block(width) + kSpareRows) * kTile; }
 
 // Floats of scratch memory.
-constexpr int64_t vocab_norm_scratch(int64_t width) { return kTile * vocab_stride(width) + 4 * filled(width, 16); }
+constexpr int64_t vocab_norm_scratch(int64_t width) { return kTile * vocab_stride(width) + 5 * filled(width, 16); }
 constexpr int64_t vocab_logits_scratch(int64_t width) {
   return vocab_weights(width) + vocab_block(width) + vocab_scores(width);
 }
 constexpr int64_t vocab_codes_scratch(int64_t width) {
   const int64_t gradient = (filled(width, 16) + kSpareRows) * vocab_block(width);
-  return vocab_weights(width) + gradient + 2 * vocab_scores(width) + 18 * vocab_block(width);
+  return vocab_weights(width) + gradient + 2 * vocab_scores(width) + 34 * vocab_block(width);
 }
 constexpr int64_t vocab_part_scratch(int64_t width) { return vocab_block(width) * vocab_stride(vocab_part(width)) + kSpareRows; }
 

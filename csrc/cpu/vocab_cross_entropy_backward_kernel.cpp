@@ -18,7 +18,7 @@ namespace {
 
 // What the gradient of a row's logits is made of; rates of idle lanes are 0.
 struct Softmax {
-  alignas(64) float max[kTile], factor[kTile], rate[kTile];
+  alignas(64) float max[kTile], log_sum[kTile], rate[kTile];
   alignas(64) int32_t label[kTile];
 
   Softmax(const VocabCrossEntropy& op, const VocabHalf& half, int64_t tile) {
@@ -27,28 +27,40 @@ struct Softmax {
       const int64_t row = rows.row[lane];
       rate[lane] = lane < rows.count ? half.rate : 0.0f;
       max[lane] = op.statistic(kLogitMax)[row];
-      factor[lane] = rate[lane] / op.statistic(kLogitSum)[row];
+      log_sum[lane] = op.statistic(kLogitLogSum)[row];
       label[lane] = static_cast<int32_t>(op.labels[row]);
     }
   }
 };
 
-// The gradient of the logits in place of the products, and once more in `kept`; its sums over rows in as many lanes a code.
-void differentiate(const Softmax& rows, int64_t first, int64_t count, const float* bias, float* scores, float* kept, float* dbias) {
+// The gradient of the logits in place of the products, and once more in `kept`; its sums over rows in as many lanes a code, added
+// to those of other tiles: a sum of few sums is more exact than one long sum. In the exponent, log_sum costs large weights less
+// than the rounding of a quotient.
+void differentiate(const Softmax& rows, int64_t first, int64_t count, const float* bias, float* scores, float* kept, float* dbias,
+                   float* sums) {
   const Exponential exponential(1.0);
+  clear(sums, count * kWidth);
   for (int lane = 0; lane < kTile; lane += kWidth) {
-    const Vec max = load(rows.max + lane), factor = load(rows.factor + lane), rate = load(rows.rate + lane);
+    const Vec max = load(rows.max + lane), log_sum = load(rows.log_sum + lane), rate = load(rows.rate + lane);
     const VecI label = load(rows.label + lane) - static_cast<int32_t>(first);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * kTile + lane;
-      const Vec weight = exponential(load(scores + at) + bias[i] - max);
+      const Vec weight = exponential(load(scores + at) + bias[i] - max - log_sum);
       const Vec hit = label == static_cast<int32_t>(i) ? rate : Vec{};
-      const Vec gradient = multiply_add(weight, factor, -hit);
+      const Vec gradient = multiply_add(weight, rate, -hit);
       store(scores + at, gradient);
       store(kept + at, gradient);
-      store(dbias + i * kWidth, load(dbias + i * kWidth) + gradient);
+      store(sums + i * kWidth, load(sums + i * kWidth) + gradient);
     }
   }
+  for (int64_t i = 0; i < count * kWidth; i += kWidth) store(dbias + i, load(dbias + i) + load(sums + i));
+}
+
+// *sum += term; what rounding takes from the sum is taken from the next term: rows may be alike, and then so are their roundings.
+void add_kept(Vec term, float* sum, float* lost) {
+  const Vec kept = term - load(lost), result = load(sum) + kept;
+  store(lost, (result - load(sum)) - kept);
+  store(sum, result);
 }
 
 }  // namespace
@@ -69,13 +81,15 @@ void vocab_cross_entropy_codes(const VocabCrossEntropy& op, const VocabHalf& hal
   float* const turned = arena.take(vocab_scores(op.width));  // [kTile, block]
   float* const bias = arena.take(block);
   float* const dbias = arena.take(block * kWidth);
+  float* const sums = arena.take(block * kWidth);
   read_block(op, row, count, weight, bias);
   clear(dcolumns, (width + kSpareRows) * block);
   clear(dbias, block * kWidth);
   for (int64_t t = 0; t < chunk.tiles; ++t) {
     const float* const y = chunk.columns + t * tile_columns(op.width);
     multiply_long(weight, stride, y, kTile, op.width, EvenRows{scores, kTile}, count);
-    differentiate(Softmax(op, half, chunk.tile + t), first_code, count, bias, scores, chunk.scores_of(t, first_code), dbias);
+    differentiate(Softmax(op, half, chunk.tile + t), first_code, count, bias, scores, chunk.scores_of(t, first_code), dbias,
+                  sums);
     transpose(scores, kTile, filled(count, 4), kTile, turned, block);
     multiply(y, kTile, 1, turned, block, kTile, Add{}, EvenRows{dcolumns, block}, op.width, filled(count, kGroup) / kGroup);
   }
@@ -109,10 +123,12 @@ void vocab_cross_entropy_rows(const VocabCrossEntropy& op, const VocabHalf& half
   float* const weight = arena.take(width);
   float* const x = arena.take(width);
   float* const dx = arena.take(width);
+  float* const lost = arena.take(2 * width);
   clear(gradient + op.width * kTile, (width - op.width) * kTile);  // products wrote behind the last channel
   transpose(gradient, kTile, width, kTile, dys, stride);
   read_floats(op.norm_weight, 0, op.width, width, weight);
   clear(sums, 2 * width);
+  clear(lost, 2 * width);
   const VocabRows rows(half, tile);
   for (int lane = 0; lane < rows.count; ++lane) {
     const int64_t row = rows.row[lane];
@@ -120,8 +136,8 @@ void vocab_cross_entropy_rows(const VocabCrossEntropy& op, const VocabHalf& half
     standardise(op, row, x);
     for (int64_t i = 0; i < width; i += kWidth) {
       store(dx + i, load(dy + i) * load(weight + i));
-      store(sums + i, multiply_add(load(dy + i), load(x + i), load(sums + i)));
-      store(sums + width + i, load(sums + width + i) + load(dy + i));
+      add_kept(load(dy + i) * load(x + i), sums + i, lost + i);
+      add_kept(load(dy + i), sums + width + i, lost + width + i);
     }
     const float mean = sum_of(width, [&](int64_t i) { return load(dx + i); }) / count;
     const float slope = sum_of(width, [&](int64_t i) { return load(dx + i) * load(x + i); }) / count;

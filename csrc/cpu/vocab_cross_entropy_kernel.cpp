@@ -1,6 +1,6 @@
 // vocab_cross_entropy forward for one instruction set, and the precision and the cost of the whole:
 //
-//     x = hidden, or hidden / m, m the row's signed maximum, a constant    y = (x - mean) rstd w + b
+//     x = hidden, or hidden / m, m the row's signed maximum, a constant    y = (x - mean(x)) rstd w + b
 //     text rows: l = W_text y + b_text    image rows: l = W_image y + b_image    loss of a row = log sum exp l - l_label
 //
 // 64 rows lie across the lanes, 96 codes pass by at a time: a row's maximum and sum are lanes and run along, and of the logits one
@@ -35,21 +35,13 @@ float largest(const float* x, int64_t count) {
 }
 
 void measure(const VocabCrossEntropy& op, int64_t row, float* x) {
-  const int64_t width = padded(op.width);
-  const float count = static_cast<float>(op.width);
   read_hidden(op, row, x);
-  const float divisor = op.divide_max ? largest(x, op.width) : 1.0f;
-  divide_row(op, divisor, x);
-  for (int64_t i = op.width; i < width; ++i) x[i] = 0.0f;
-  const float mean = sum_of(width, [&](int64_t i) { return load(x + i); }) / count;
-  for (int64_t i = op.width; i < width; ++i) x[i] = mean;  // no part of the variance
-  const float squares = sum_of(width, [&](int64_t i) {
-    const Vec d = load(x + i) - mean;
-    return d * d;
-  });
+  const float divisor = op.divide_max ? largest(x, op.width) : 1.0f, mean = mean_of(op, x);
+  center(op, mean, divisor, x);
+  const float squares = sum_of(padded(op.width), [&](int64_t i) { return load(x + i) * load(x + i); });
   op.statistic(kDivisor)[row] = divisor;
   op.statistic(kMean)[row] = mean;
-  op.statistic(kDeviation)[row] = 1.0f / __builtin_sqrtf(squares / count + op.eps);
+  op.statistic(kDeviation)[row] = 1.0f / __builtin_sqrtf(squares / static_cast<float>(op.width) + op.eps);
 }
 
 // What is known of the rows of a tile after some of a slice's codes.
@@ -132,7 +124,7 @@ void vocab_cross_entropy_logits(const VocabCrossEntropy& op, const VocabHalf& ha
 void vocab_cross_entropy_loss(const VocabCrossEntropy& op, const VocabHalf& half, int64_t tile, const float* parts,
                               int64_t slices) {
   const Exponential exponential(1.0);
-  alignas(64) float maxima[kTile], sums[kTile], losses[kTile];
+  alignas(64) float maxima[kTile], log_sums[kTile], losses[kTile];
   for (int lane = 0; lane < kTile; lane += kWidth) {
     const auto part = [&](int64_t slice, VocabPart which) {
       return load(parts + (slice * kVocabParts + which) * kTile + lane);
@@ -143,16 +135,16 @@ void vocab_cross_entropy_loss(const VocabCrossEntropy& op, const VocabHalf& half
       sum = multiply_add(part(s, kPartSum), exponential(part(s, kPartMax) - max), sum);
       label_logit += part(s, kPartLabel);  // 0 but in the label's slice
     }
-    const Vec loss = max - label_logit + log_float(sum);
-    store(maxima + lane, max);
-    store(sums + lane, sum);
     // 0 or not a number where no logit is finite, or one is not a number: what torch makes of these is no number.
-    store(losses + lane, sum > 0.0f ? loss : broadcast(__builtin_nanf("")));
+    const Vec log_sum = sum > 0.0f ? log_float(sum) : broadcast(__builtin_nanf(""));
+    store(maxima + lane, max);
+    store(log_sums + lane, log_sum);
+    store(losses + lane, max - label_logit + log_sum);
   }
   const VocabRows rows(half, tile);
   for (int lane = 0; lane < rows.count; ++lane) {
     op.statistic(kLogitMax)[rows.row[lane]] = maxima[lane];
-    op.statistic(kLogitSum)[rows.row[lane]] = sums[lane];
+    op.statistic(kLogitLogSum)[rows.row[lane]] = log_sums[lane];
     op.statistic(kRowLoss)[rows.row[lane]] = losses[lane];
   }
 }

@@ -81,18 +81,36 @@ static inline void read_hidden(const VocabCrossEntropy& op, int64_t row, float* 
   with_elements(op.hidden.element, op.hidden.data, [&](auto* data) { load_row(data + at, op.width, padded(op.width), x); });
 }
 
+// Takes the same off every element; zeros stay behind them.
+static inline void shift_row(const VocabCrossEntropy& op, float by, float* x) {
+  const int64_t width = padded(op.width);
+  for (int64_t i = 0; i < width; i += kWidth) store(x + i, load(x + i) - by);
+  clear(x + op.width, width - op.width);
+}
+
+static inline float mean_of(const VocabCrossEntropy& op, const float* x) {
+  return sum_of(padded(op.width), [&](int64_t i) { return load(x + i); }) / static_cast<float>(op.width);
+}
+
 static inline void divide_row(const VocabCrossEntropy& op, float divisor, float* x) {
   if (!op.divide_max) return;
   for (int64_t i = 0; i < op.width; i += kWidth) store(x + i, load(x + i) / divisor);
 }
 
-// (hidden / divisor - mean) deviation, of a row that was measured; zeros behind it.
+// (hidden - mean) / divisor in place of hidden. Of nearly equal elements the rounding of their mean would show in the differences:
+// its error, their own mean, goes too. For the same reason the division comes last.
+static inline void center(const VocabCrossEntropy& op, float mean, float divisor, float* x) {
+  shift_row(op, mean, x);
+  shift_row(op, mean_of(op, x), x);
+  divide_row(op, divisor, x);
+}
+
+// (hidden - mean) / divisor deviation, of a row that was measured; zeros behind it.
 static inline void standardise(const VocabCrossEntropy& op, int64_t row, float* x) {
-  const float mean = op.statistic(kMean)[row], deviation = op.statistic(kDeviation)[row];
   read_hidden(op, row, x);
-  divide_row(op, op.statistic(kDivisor)[row], x);
-  for (int64_t i = 0; i < op.width; i += kWidth) store(x + i, (load(x + i) - mean) * deviation);
-  clear(x + op.width, padded(op.width) - op.width);
+  center(op, op.statistic(kMean)[row], op.statistic(kDivisor)[row], x);
+  const float deviation = op.statistic(kDeviation)[row];
+  for (int64_t i = 0; i < op.width; i += kWidth) store(x + i, load(x + i) * deviation);
 }
 
 // The rows of a tile, which were measured, normed and rounded to op.product, as columns.
