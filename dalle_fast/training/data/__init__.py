@@ -7,9 +7,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dalle_fast.training.data.captions import Captions
+from dalle_fast.jobs.job import hash_model
+from dalle_fast.training.data.captions import Captions, check_vocabulary
+from dalle_fast.training.data.codes import MANIFEST, CodesSamples
+from dalle_fast.training.data.folders import FolderSamples
 from dalle_fast.training.data.pictures import Pixels
 from dalle_fast.training.data.samples import Samples
+from dalle_fast.training.data.shards import ShardSamples, expand
 from dalle_fast.training.data.source import SampleSource
 
 if TYPE_CHECKING:
@@ -60,6 +64,10 @@ def open_source(
     tokenizer: Any,
     text_seq_len: int | None,
     need: Collection[str],
+    num_text_tokens: int | None = None,
+    vae: Path | None = None,
+    num_tokens: int | None = None,
+    image_seq_len: int | None = None,
 ) -> Source:
     """The data that a configuration names.
 
@@ -67,6 +75,9 @@ def open_source(
         image_size, channels: of the pictures.   tokenizer, text_seq_len: of the captions; None where none are needed.
         need: of "pixels", "text", "codes". "codes" means codes where the source has them and pixels, to be encoded,
             where it does not; "pixels" means pixels, so a folder of codes is refused.
+        num_text_tokens: what the model has; a larger tokenizer is refused.
+        vae, num_tokens, image_seq_len: the directory of the model's VAE, its codes, codes a picture; codes of another
+            VAE are refused. None is not checked.
     Raises: FileNotFoundError, ValueError, TypeError (data that do not fit).
     """
     captioned = "text" in need
@@ -75,9 +86,14 @@ def open_source(
         raise ValueError(
             f"train: the data must be pictures, got the codes in {config.source}. Name what they were encoded from."
         )
+    if isinstance(samples, CodesSamples):
+        samples.check_vae(
+            vae_hash=None if vae is None else hash_model(vae), num_tokens=num_tokens, image_seq_len=image_seq_len
+        )
     captions = None
     if captioned:
         assert text_seq_len is not None
+        check_vocabulary(tokenizer, num_text_tokens)
         captions = Captions(
             tokenizer,
             text_seq_len,
@@ -103,6 +119,8 @@ def open_samples(source: str, *, captioned: bool) -> Samples:
 
     Raises: FileNotFoundError, ValueError.
     """
-    from dalle_fast.training.data.folders import FolderSamples  # each kind alone, with what it needs
-
+    if (Path(source) / MANIFEST).is_file():
+        return CodesSamples(Path(source), captioned=captioned)
+    if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
+        return ShardSamples(expand(source), captioned=captioned)
     return FolderSamples(Path(source), captioned=captioned)

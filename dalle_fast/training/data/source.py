@@ -94,7 +94,9 @@ class SampleSource:
 
     def report(self, out: Path) -> str:
         """What the data are: out/data.txt, which is returned, and out/batch.png."""
-        raise NotImplementedError
+        from dalle_fast.training.data.report import write_report  # draws, which the loop does not
+
+        return write_report(self, out)
 
     def read(
         self, reads: Reads, order: Iterable[list[Draw]], *, workers: int = 0, pin_memory: bool = False
