@@ -44,7 +44,7 @@ def losses(model: DALLE, text: Tensor, codes: Tensor) -> dict[str, float]:
 
 def main() -> int:
     from dalle_fast.tokenizers.hug import HugTokenizer  # tokenizers, numpy: only this command needs them
-    from dalle_fast.training.demo import EmojiData
+    from dalle_fast.training.emoji_data import EmojiData
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.int8_loss", description=__doc__)
     parser.add_argument("data", type=Path)

@@ -14,10 +14,13 @@ COMMANDS = {
     "sample": ("dalle_fast.cli.sample", "sample", "Draw many pictures, keep the best; goes on when killed."),
     "merge": ("dalle_fast.cli.merge", "merge", "Finish a job whose shards were drawn apart."),
     "data": ("dalle_fast.cli.data", "data", "Make data sets: image-text folders."),
-    "train-vae": ("dalle_fast.cli.train", "train_vae", "Train the demo's discrete VAE."),
-    "train": ("dalle_fast.cli.train", "train", "Train the demo's transformer."),
-    "pack": ("dalle_fast.cli.train", "pack", "Write the trained model as a directory that loads."),
-    "evaluate": ("dalle_fast.cli.train", "evaluate", "Print the quality figures of a saved model."),
+    "tokenizer": ("dalle_fast.cli.tokenizer", "tokenizer", "Make tokenizers out of captions."),
+    "encode": ("dalle_fast.cli.encode", "encode", "Encode pictures with a trained VAE, once; goes on when killed."),
+    "train-vae": ("dalle_fast.cli.train", "train_vae", "Train a discrete VAE on pictures; goes on when killed."),
+    "train": ("dalle_fast.cli.train", "train", "Train a DALLE on pictures or codes with captions; the same."),
+    "train-clip": ("dalle_fast.cli.train", "train_clip", "Train a CLIP, which ranks what is drawn; the same."),
+    "pack": ("dalle_fast.cli.evaluate", "pack", "Write the demo's trained model as it is shipped."),
+    "evaluate": ("dalle_fast.cli.evaluate", "evaluate", "Print the demo's quality figures."),
 }
 
 

@@ -87,7 +87,7 @@ def write_upstream(model: DALLE | DiscreteVAE, path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(upstream_checkpoint(model), buffer)
-    write_whole(path, [buffer.getbuffer()])
+    write_whole(path, [buffer.getvalue()])
 
 
 def read_upstream_vae(path: Path) -> DiscreteVAE:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from dalle_fast.models.clip import CLIP
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.training.demo import EmojiData
 from dalle_fast.training.emoji import fixed_captions, licence_text
+from dalle_fast.training.emoji_data import EmojiData
 
 CAPTIONS, EXAMPLES, SETTINGS, FIXED_LIST = "captions.txt", "examples.txt", "sampling.json", "quality_captions.txt"
 
@@ -24,15 +25,17 @@ def pack(
     settings: dict[str, float],
     examples: Sequence[str],
     card: str,
+    clip: CLIP | None = None,
     dtype: torch.dtype | None = None,
 ) -> int:
     """Save `dalle` to `out` with everything `dalle-fast draw` and `evaluate` read; returns the bytes written.
 
     Args:
         tokenizer: path of tokenizer.json.   settings: sampling defaults (temperature, top_k, cond_scale).
-        examples: prompts drawn when none is given.   card: text of README.md.   dtype: of the stored weights.
+        examples: prompts drawn when none is given.   card: text of README.md.   clip: of the same tokenizer, ranks
+            what is drawn.   dtype: of the stored weights.
     """
-    dalle.save_pretrained(out, dtype=dtype, tokenizer=tokenizer, card=card)
+    dalle.save_pretrained(out, dtype=dtype, tokenizer=tokenizer, clip=clip, card=card)
     captions = sorted({entry.caption for entry in data.entries})
     _write_lines(out / CAPTIONS, captions)
     _write_lines(out / EXAMPLES, examples)

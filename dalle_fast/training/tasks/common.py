@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def images_of(pixels: Tensor) -> Tensor:
-    """uint8 [B, c, S, S] -> float32 in 0..1, channels last: convolutions are faster so."""
-    return (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+    """uint8 [B, c, S, S] -> float32 in 0..1."""
+    return pixels.float() / 255
 
 
 def as_rgb(pixels: Tensor) -> Tensor:
@@ -66,8 +66,3 @@ def build(op: str, cls: type, **arguments: Any) -> Any:
         return cls(**arguments)
     except TypeError as error:
         raise ValueError(f"{op}: model must hold arguments of {cls.__name__}, got others ({error}).") from None
-
-
-def samples_in(batch: Mapping[str, Any]) -> int:
-    """How many samples a batch has."""
-    return len(batch["position"])
