@@ -169,7 +169,7 @@ class Checkpoints:
         )
 
     def _look(self) -> list[str]:
-        """Names of those that are whole, the last first; damaged ones are set aside, what killed processes left goes."""
+        """Names of whole ones, the last first; damaged ones are set aside, what killed processes left goes."""
         names = []
         for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name, reverse=True):
             path = Path(entry.path)

@@ -89,7 +89,8 @@ class MuonAndAdamW(torch.optim.AdamW):
         """Nesterov's look ahead, after adding the gradient to the average."""
         state = self.state[parameter]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
+            # AdamW looks for a step, too, in every state that it loads.
+            state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(parameter)
         assert parameter.grad is not None
         average = state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
         return parameter.grad.lerp(average, _MOMENTUM)

@@ -132,8 +132,24 @@ class _Training:
         if self.step == 0:
             self.console.say(main_does(self.accelerator, lambda: self.source.report(self.out)))
         self.module.train()
-        stopped = "finished"
         self._start_clock()
+        try:
+            stopped = self._steps()
+        except RuntimeError as error:
+            # torch raises it wherever the main process happens to be when a worker dies.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"train: the workers that read data must stay alive, got {str(error).splitlines()[0]!r} after step "
+                f"{self.step}. Last good checkpoint: {self.checkpoints.last_good}. Run the same command again, with "
+                "fewer data.workers if memory ran out."
+            ) from error
+        if stopped == "finished":
+            self._write_model()
+        return Result(self.step, self.row, stopped)
+
+    def _steps(self) -> str:
+        """All that are to be made; "finished", or the signal that ended them."""
         if self.step < self.loop.steps:
             self.micro_batches = iter(self._loader())
         while self.step < self.loop.steps:
@@ -144,11 +160,8 @@ class _Training:
             if signalled or self.step % self.loop.save_steps == 0 or self.step == self.loop.steps:
                 self._save()
             if signalled and self.step < self.loop.steps:
-                stopped = self.stop.name or "SIGTERM"
-                break
-        if stopped == "finished":
-            self._write_model()
-        return Result(self.step, self.row, stopped)
+                return self.stop.name or "SIGTERM"
+        return "finished"
 
     def close(self) -> None:
         """Ends what writes."""
@@ -233,16 +246,7 @@ class _Training:
     def _next_batch(self) -> Batch:
         """A micro-batch on the device; the time it takes to come is counted."""
         started = time.perf_counter()
-        try:
-            batch = next(self.micro_batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(
-                f"train: the workers that read data must stay alive, got {str(error).splitlines()[0]!r} in step "
-                f"{self.step + 1}. Last good checkpoint: {self.checkpoints.last_good}. Run the same command again, "
-                "with fewer data.workers if memory ran out."
-            ) from error
+        batch = next(self.micro_batches)
         batch = send_to_device(dict(batch), self.device, non_blocking=True)
         self.waited += time.perf_counter() - started
         self.last_batch = batch

@@ -96,7 +96,7 @@ def _collate(samples):
 
 
 class ToySource:
-    """Args: n: samples.   nan_at, die_at: position that is not a number, that kills its reader.   slow: seconds each."""
+    """Args: n: samples.   nan_at, die_at: the position of a NaN, of a dying reader.   slow: seconds each."""
 
     def __init__(self, n: int = 10, *, nan_at: int = -1, slow: float = 0.0, die_at: int = -1) -> None:
         self.n = n
