@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dalle_fast.training.data.folders import find_pictures, read_captions
+from dalle_fast.training.data.pictures import BROKEN, PICTURE_SUFFIXES, random_square, to_tensor
+
 _LOG = logging.getLogger(__name__)
-_PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
-# What Pillow raises on broken files (UnidentifiedImageError is an OSError) and Python on text that is not UTF-8.
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Tokenizes(Protocol):
@@ -114,9 +112,9 @@ class TextImageDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             return None
         key = self.keys[index]
         try:
-            captions = _captions(self.text_files[key])
+            captions = read_captions(self.text_files[key])
             picture = self._picture(self.image_files[key])
-        except _BROKEN as error:
+        except BROKEN as error:
             _LOG.warning("skipped %s: %s: %s", self.image_files[key], type(error).__name__, error)
             self._unusable.add(index)
             return None
@@ -134,11 +132,10 @@ class TextImageDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """A random square crop of a picture, float32 [C, image_size, image_size] in 0..1."""
         with Image.open(path) as opened:
             picture = opened.convert(self.image_mode)
-        left, top, side = _crop(picture.width, picture.height, self.resize_ratio)
+        left, top, side = random_square(picture.width, picture.height, self.resize_ratio)
         picture = picture.crop((left, top, left + side, top + side))
         picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(picture))  # [image_size, image_size, C], uint8
-        return pixels.permute(2, 0, 1).contiguous().float().div_(255)
+        return to_tensor(picture).float().div_(255)
 
 
 def _pairs(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -148,46 +145,12 @@ def _pairs(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"TextImageDataset: folder must be a folder, found none at {folder}.")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    texts_by_stem = {path.stem: path for path in texts.values()}
-    text_files, image_files = {}, {}
-    for picture in files:
-        text = texts.get(picture.with_suffix(""), texts_by_stem.get(picture.stem))
-        if picture.suffix.lower() in _PICTURE_SUFFIXES and text is not None:
-            key = picture.relative_to(folder).with_suffix("").as_posix()
-            text_files[key], image_files[key] = text, picture
+    found, n_files = find_pictures(folder)
+    text_files = {key: text for key, _, text in found if text is not None}
+    image_files = {key: picture for key, picture, text in found if text is not None}
     if not image_files:
         raise ValueError(
-            f"TextImageDataset: folder must hold pictures ({', '.join(sorted(_PICTURE_SUFFIXES))}) and .txt files of "
-            f"the same names, got {len(files)} files and no such pair in {folder}."
+            f"TextImageDataset: folder must hold pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) and .txt files of "
+            f"the same names, got {n_files} files and no such pair in {folder}."
         )
     return text_files, image_files
-
-
-def _captions(path: Path) -> list[str]:
-    """The captions of a text file, one a line.
-
-    Raises: OSError, ValueError (not UTF-8, no caption).
-    """
-    captions = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if not captions:
-        raise ValueError(f"{path} holds no caption")
-    return captions
-
-
-def _crop(width: int, height: int, smallest_share: float) -> tuple[int, int, int]:
-    """A random square inside a picture, as torchvision's RandomResizedCrop with ratio 1 draws it.
-
-    Its area is a share of the picture's, uniform in [smallest_share, 1]. In a picture so oblong that ten such squares
-    do not fit, it is the largest one in the middle.
-    Returns: left, top, side, in pixels.
-    """
-    for share in torch.empty(10).uniform_(smallest_share, 1.0).tolist():
-        side = round(math.sqrt(width * height * share))
-        if 0 < side <= min(width, height):
-            left = int(torch.randint(width - side + 1, ()))
-            top = int(torch.randint(height - side + 1, ()))
-            return left, top, side
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side

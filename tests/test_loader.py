@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dalle_fast.loader import TextImageDataset, _crop
+from dalle_fast.loader import TextImageDataset
+from dalle_fast.training.data.pictures import random_square
 
 
 class Lengths:
@@ -117,7 +118,7 @@ def test_crops_are_squares_inside_of_the_asked_share(size):
     width, height = size
     corners = set()
     for _ in range(300):
-        left, top, side = _crop(width, height, 0.5)
+        left, top, side = random_square(width, height, 0.5)
         assert 0 <= left <= width - side and 0 <= top <= height - side and side >= 1
         oblong = min(size) < round(math.sqrt(width * height * 0.5))
         if oblong:

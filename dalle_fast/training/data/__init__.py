@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dalle_fast.jobs.job import hash_model
 from dalle_fast.training.data.captions import Captions, check_vocabulary
 from dalle_fast.training.data.codes import MANIFEST, CodesSamples
 from dalle_fast.training.data.folders import FolderSamples
@@ -87,6 +86,8 @@ def open_source(
             f"train: the data must be pictures, got the codes in {config.source}. Name what they were encoded from."
         )
     if isinstance(samples, CodesSamples):
+        from dalle_fast.jobs.job import hash_model  # loads libraries that folders do not need
+
         samples.check_vae(
             vae_hash=None if vae is None else hash_model(vae), num_tokens=num_tokens, image_seq_len=image_seq_len
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dalle_fast.training.data.bpe_dropout import BpeDropout
+if TYPE_CHECKING:
+    from dalle_fast.training.data.bpe_dropout import BpeDropout
 
 _LEAST_WORDS = 3  # a shorter caption keeps all its words
 
@@ -45,6 +46,8 @@ class Captions:
 
     @cached_property
     def _bpe(self) -> BpeDropout:
+        from dalle_fast.training.data.bpe_dropout import BpeDropout  # loads tokenizers, which nothing else here needs
+
         return BpeDropout(self.tokenizer, self.bpe_dropout)
 
     def __call__(self, lines: Sequence[str], generator: torch.Generator | None) -> Tensor:
