@@ -9,6 +9,7 @@ Padding (id 0) is masked out of the texts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +68,9 @@ class ClipTask:
     name = "clip"
 
     def __init__(self, config: ClipConfig, tokenizer: BatchTokenizer | None = None) -> None:
+        world, micro_batch = int(os.environ.get("WORLD_SIZE", "1")), config.loop.micro_batch
+        if micro_batch is not None and micro_batch * world != config.loop.batch:
+            raise ValueError(micro_batch_rule(config, world, micro_batch))
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
         least = vocabulary(self.tokenizer)
