@@ -87,7 +87,7 @@ def _vae(config: VaeConfig) -> tuple[Task, Source]:
 
 def _dalle(config: DalleConfig) -> tuple[Task, Source]:
     from dalle_fast.training.tasks.dalle import DalleTask, noise_pool
-    from dalle_fast.training.tasks.text import load_tokenizer
+    from dalle_fast.training.tasks.text import load_tokenizer, mean_text_length
 
     tokenizer = load_tokenizer(config.tokenizer)
     vae = read_vae(config.vae)
@@ -97,7 +97,8 @@ def _dalle(config: DalleConfig) -> tuple[Task, Source]:
         need={"text", "pixels" if config.end_to_end else "codes"},
     )  # fmt: skip
     _check_codes(config)
-    return DalleTask(config, vae, tokenizer, noise_pool(source, vae, config)), source
+    pool = noise_pool(source, vae, config)
+    return DalleTask(config, vae, tokenizer, pool, mean_text_length(source)), source
 
 
 def _clip(config: ClipConfig) -> tuple[Task, Source]:

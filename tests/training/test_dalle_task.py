@@ -3,12 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny_tasks import batch_of, dalle_config, tokenizer, tokenizer_file, vae
 
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.training.config import CodeNoise
+from dalle_fast.training.config import CodeNoise, DataConfig
+from dalle_fast.training.data import open_source
 from dalle_fast.training.tasks.dalle import DalleTask, noise_pool, token_losses
 from dalle_fast.training.tasks.noise import drawn_in_step
+from dalle_fast.training.tasks.text import mean_text_length
 
 POOL = torch.randint(0, 12, (7, 16), generator=torch.Generator().manual_seed(9))
 
@@ -18,9 +21,8 @@ def words(tmp_path_factory):
     return tokenizer(tmp_path_factory.mktemp("words"))
 
 
-def task(words, *, pool=None, **settings):
-    model = vae()
-    return DalleTask(dalle_config(**settings), model, words, pool)
+def task(words, *, pool=None, text_length=3.0, **settings):
+    return DalleTask(dalle_config(**settings), vae(), words, pool, text_length)
 
 
 def codes_of(one, batch):
@@ -33,25 +35,49 @@ def test_with_all_padding_the_loss_is_the_originals(words, model):
     batch = batch_of(4)
     loss, parts = one.module(batch, 0, 0.0)
     wanted = one.model(batch["text"], codes_of(one, batch), return_loss=True, return_loss_parts=True)
-    got = (loss, parts["text_loss"], parts["image_loss"])
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert torch.equal(loss, wanted[0])
+    assert torch.equal(parts["text_loss"], wanted[1]) and torch.equal(parts["image_loss"], wanted[2])
 
 
 def test_of_the_padding_only_the_end_of_a_caption_counts(words):
-    one = task(words)
+    """B16: the original averages over all padding, so that short captions teach little."""
+    one = task(words, text_length=2.5)
     batch = batch_of(4)
     codes = codes_of(one, batch)
-    text_loss, image_loss = token_losses(one.model, batch["text"], codes, codes, padding_loss="first")
+    text_loss, image_loss, n_text = token_losses(one.model, batch["text"], codes, codes, padding_loss="first")
     logits = one.model(batch["text"], codes)
     unique = torch.where(batch["text"] == 0, torch.arange(7, 12), batch["text"])
     each = F.cross_entropy(logits[:, :5].flatten(0, 1), unique.flatten(), reduction="none").view(4, 5)
     lengths = (batch["text"] != 0).sum(1)
     assert lengths.tolist() == [1, 2, 3, 4], "captions end in different places"
-    counted = [each[i, : n + 1] for i, n in enumerate(lengths.tolist())]
-    assert text_loss.item() == pytest.approx(torch.cat(counted).mean().item(), rel=1e-5)
+    counted = torch.cat([each[i, : n + 1] for i, n in enumerate(lengths.tolist())])
+    assert text_loss.item() == pytest.approx(counted.mean().item(), rel=1e-5) and n_text == len(counted) == 14
     loss, parts = one.module(batch, 0, 0.0)
-    assert parts["text_loss"] == text_loss and parts["image_loss"] == image_loss
-    assert loss.item() == pytest.approx((text_loss + 7 * image_loss).item() / 8, rel=1e-6)
+    assert parts["text_loss"].item() == pytest.approx(counted.sum().item() / (4 * 2.5), rel=1e-5)
+    assert loss.item() == pytest.approx((parts["text_loss"] + 7 * image_loss).item() / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize("padding_loss", ["first", "all"])
+def test_a_loss_is_a_mean_over_samples_however_a_batch_is_split(words, padding_loss):
+    noise = {"share": 0.8, "rate": 0.8}
+    one = task(words, pool=POOL, code_noise=noise, null_cond_prob=0.3, padding_loss=padding_loss)
+    whole, parts = one.module(batch_of(6), 0, 0.0)
+    each = [one.module(batch_of(n, first=first), 0, 0.0) for first, n in ((0, 2), (2, 2), (4, 2))]
+    assert sum(loss for loss, _ in each).item() / 3 == pytest.approx(whole.item(), rel=1e-5)
+    for name in ("text_loss", "image_loss"):
+        assert sum(part[name] for _, part in each).item() / 3 == pytest.approx(parts[name].item(), rel=1e-5)
+
+
+def test_the_length_of_captions_is_the_datas(words, tmp_path):
+    for i, lines in enumerate(("a red apple\nowl", "flag", "a a a a a a a")):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(lines)
+    source = open_source(
+        DataConfig(source=str(tmp_path), truncate=True), image_size=16, channels=3, tokenizer=words, text_seq_len=5,
+        need={"text", "codes"},
+    )  # fmt: skip
+    n = [len(words.encode(line)) for line in ("a red apple", "owl", "flag")]
+    assert mean_text_length(source) == pytest.approx((sum(n) + 3 + 5) / 4)
 
 
 def test_a_cache_of_codes_gives_the_losses_of_its_pictures(words):
@@ -122,12 +148,13 @@ def test_the_pool_is_the_runs_first_samples(words):
     assert noise_pool(Source(), model, dalle_config()) is None
 
 
-def test_evaluation_counts_every_sample_alike_and_has_no_noise(words):
+def test_evaluation_counts_every_token_alike_and_has_no_noise(words):
     one = task(words, pool=POOL, code_noise={"share": 1.0, "rate": 1.0}, null_cond_prob=1.0)
     figures = one.evaluate([batch_of(3), batch_of(1, first=3)])
     parts = [one.evaluate([batch_of(3)]), one.evaluate([batch_of(1, first=3)])]
-    for name in ("loss", "text_loss", "image_loss"):
-        assert figures[name] == pytest.approx((3 * parts[0][name] + parts[1][name]) / 4)
+    assert figures["image_loss"] == pytest.approx((3 * parts[0]["image_loss"] + parts[1]["image_loss"]) / 4)
+    # two, three and four of the first batch, five of the second
+    assert figures["text_loss"] == pytest.approx((9 * parts[0]["text_loss"] + 5 * parts[1]["text_loss"]) / 14)
     batch = batch_of(1, first=3)
     loss = token_losses(one.model, batch["text"], codes_of(one, batch), codes_of(one, batch), padding_loss="first")
     assert parts[1]["image_loss"] == pytest.approx(loss[1].item())

@@ -3,7 +3,8 @@
     loss = (text loss + loss_img_weight * image loss) / (1 + loss_img_weight), means in nats a token
 
 Text positions after a caption's end hold padding. Which of them count is `padding_loss`: the original averages over
-all of them, "first" counts the one that ends the caption.
+all of them, "first" counts the one that ends the caption. The sum over those that count is divided by what a batch of
+average captions has, not by what this one has: so the loss is a mean over samples, however a batch is split.
 
 end_to_end: the VAE is trained too. What the transformer reads are the embeddings of noiseless codes; backwards, they
 are the mean of the embeddings under the gumbel softmax of the encoder's logits, so that the token loss moves the
@@ -60,8 +61,10 @@ def token_losses(
     *,
     padding_loss: str = "all",
     relaxed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(text loss, image loss), means in nats a token; with "all", those that `DALLE.forward` weighs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(text loss, image loss, text positions), means in nats a token, and over how many texts' positions the first is.
+
+    With "all" they are those that `DALLE.forward` weighs.
 
     Args:
         text: ids [B, text_seq_len].   codes, wanted: int64 [B, n], what is read and what is predicted.
@@ -79,19 +82,21 @@ def token_losses(
         later = (text == 0) & (F.pad(text, (1, 0), value=1)[:, :-1] == 0)
         text_labels = text_labels.masked_fill(later, IGNORED)
     labels = torch.cat((text_labels, wanted), dim=1)
-    return vocab_cross_entropy(
+    text_loss, image_loss = vocab_cross_entropy(
         hidden, (model.logits_norm.weight, model.logits_norm.bias), model.to_logits.weight, model.to_logits.bias,
         labels, model.layout, model.num_text_tokens, divide_max=model.stable,
     )  # fmt: skip
+    return text_loss, image_loss, (text_labels != IGNORED).sum()
 
 
 class DalleModule(nn.Module):
     """The loss of a batch. Attributes: model.   statistics: of the VAE's codes, when it is trained too."""
 
-    def __init__(self, model: DALLE, config: DalleConfig, pool: Tensor | None) -> None:
+    def __init__(self, model: DALLE, config: DalleConfig, pool: Tensor | None, text_length: float) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.text_length = model.text_seq_len if config.padding_loss == "all" else text_length
         self.statistics: TrainingStatistics | None = None
         self._pool = pool  # no buffer: processes would send it to each other
 
@@ -103,7 +108,7 @@ class DalleModule(nn.Module):
         wanted = codes_of(model, batch)
         text, read = self._drawn(batch, wanted)
         losses = token_losses(model, text, read, wanted, padding_loss=config.padding_loss)
-        return self._weighed(*losses)
+        return self._weighed(*losses, len(text))
 
     def _end_to_end(self, batch: Mapping[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model, config = self.model, self.config
@@ -116,7 +121,7 @@ class DalleModule(nn.Module):
         losses = token_losses(
             model, text, read, relaxed.codes, padding_loss=config.padding_loss, relaxed=relaxed.embeds * own
         )
-        loss, parts = self._weighed(*losses)
+        loss, parts = self._weighed(*losses, len(text))
         if self.statistics is None:
             self.statistics = TrainingStatistics(model.vae)
         self.statistics.add(images, relaxed.statistics)
@@ -130,8 +135,11 @@ class DalleModule(nn.Module):
             null_cond_prob=config.null_cond_prob, seed=config.loop.seed,
         )  # fmt: skip
 
-    def _weighed(self, text_loss: Tensor, image_loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _weighed(
+        self, text_loss: Tensor, image_loss: Tensor, n_text: Tensor, samples: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         weight = self.model.loss_img_weight
+        text_loss = text_loss * (n_text / (samples * self.text_length))
         loss = (text_loss + weight * image_loss) / (1 + weight)
         return loss, {"text_loss": text_loss.detach(), "image_loss": image_loss.detach()}
 
@@ -142,6 +150,7 @@ class DalleTask:
     Args:
         config: its `model` holds the arguments of DALLE; num_text_tokens is the tokenizer's where it is left out.
         vae: whose codes are learnt.   tokenizer: of the texts.   pool: codes [P, n] that noise is drawn from.
+        text_length: of the data's captions, with their end, on average; matters with padding_loss="first" alone.
     Raises: ValueError, TypeError (arguments that DALLE refuses, or that do not go together).
     """
 
@@ -153,6 +162,7 @@ class DalleTask:
         vae: DiscreteVAE,
         tokenizer: BatchTokenizer | None = None,
         pool: Tensor | None = None,
+        text_length: float = 1.0,
     ) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
@@ -173,7 +183,7 @@ class DalleTask:
             vae.requires_grad_(True)
         if config.code_noise.share and pool is None:
             raise ValueError("train: code_noise must have a pool of codes to draw from, got none. Give noise_pool().")
-        self.module: nn.Module = DalleModule(model, config, pool)
+        self.module: nn.Module = DalleModule(model, config, pool, text_length)
 
     @property
     def model(self) -> DALLE:
@@ -207,15 +217,17 @@ class DalleTask:
     def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """The losses of held-out samples, nothing left out and no noise."""
         model, device = self.model, device_of(self.model)
-        sums, samples = torch.zeros(2, dtype=torch.float64), 0
+        sums = torch.zeros(2, dtype=torch.float64)
+        counts = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             codes, text = codes_of(model, batch), batch["text"].to(device)
-            losses = token_losses(model, text, codes, codes, padding_loss=self.config.padding_loss)
-            sums += torch.stack(losses).double().cpu() * len(text)
-            samples += len(text)
-        if not samples:
+            *losses, n_text = token_losses(model, text, codes, codes, padding_loss=self.config.padding_loss)
+            tokens = torch.tensor([n_text.item(), codes.numel()], dtype=torch.float64)
+            sums += torch.stack(losses).double().cpu() * tokens
+            counts += tokens
+        if not counts.any():
             return {}
-        text_loss, image_loss = (sums / samples).tolist()
+        text_loss, image_loss = (sums / counts).tolist()
         weight = model.loss_img_weight
         loss = (text_loss + weight * image_loss) / (1 + weight)
         return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}

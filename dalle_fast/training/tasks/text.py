@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, normalizers
 
 from dalle_fast.tokenizers.base import BatchTokenizer
+from dalle_fast.training.data.samples import Unusable
+from dalle_fast.training.data.source import SampleSource
 
 CLIP_NAME, CHINESE_NAME = "clip", "chinese"
+_LOOKED_AT = 1000  # samples, spread over the data
 
 
 def load_tokenizer(name: str) -> BatchTokenizer:
@@ -49,3 +53,23 @@ def saved_tokenizer(name: str) -> Tokenizer | Path | None:
         [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
     )
     return tokenizer
+
+
+def mean_text_length(source: object) -> float:
+    """Text positions of a caption, its end included, on average over samples spread over the data; 1 without captions.
+
+    A function of the data alone.
+    """
+    if not isinstance(source, SampleSource) or source.captions is None:
+        return 1.0
+    captions = source.captions
+    places = torch.linspace(0, source.n - 1, min(source.n, _LOOKED_AT)).round().long()
+    lengths = []
+    for index in source.trained[places].tolist():
+        try:
+            lines = source.samples.captions(index)
+        except Unusable:
+            continue
+        tokens = (len(captions.tokenizer.encode(line)) for line in lines)
+        lengths += [min(n + 1, captions.text_seq_len) for n in tokens]
+    return sum(lengths) / len(lengths) if lengths else 1.0
