@@ -136,6 +136,8 @@ class Checkpoints:
 
             def read(path: Path = path) -> None:
                 self._accelerator.load_state(str(path))
+                # Micro-steps so far: another number of processes splits a step into another number of them.
+                self._accelerator.step = 0
                 read_more(path)
 
             try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
@@ -28,7 +30,17 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, int]:
     # One process may train several models one after the other, each with its precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
-    accelerator = Accelerator(mixed_precision=config.loop.precision, gradient_accumulation_plugin=plugin)
+    # Without `cpu`, each of torchrun's processes on a machine without an accelerator would believe to be the only one.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.loop.precision,
+        gradient_accumulation_plugin=plugin,
+    )
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise RuntimeError(
+            f"train: all {launched} processes must find each other, got {accelerator.num_processes} that did. "
+            "Start them with torchrun, or with `accelerate launch`."
+        )
     micro_batch = _micro_batch(config.loop, accelerator.num_processes)
     micro_steps = config.loop.batch // (micro_batch * accelerator.num_processes)
     if config.loop.precision == "fp16" and accelerator.device.type == "cpu":

@@ -3,7 +3,8 @@
 A step takes `loop.batch` samples, split over processes and micro-steps; its gradient is the mean over all of them, so
 a loss that is a mean over samples learns the same however they are split. Random draws of a module come from torch's
 default generator, which every micro-step seeds with a function of (loop.seed, step, place in the batch): a checkpoint
-holds no random state, and a run that goes on from it makes the same steps, bit for bit.
+holds no random state, and a run that goes on from it makes the same steps, bit for bit. Three processes or more add
+gradients in an order that DistributedDataParallel settles in the first step after each start: there, last bits differ.
 """
 
 from __future__ import annotations

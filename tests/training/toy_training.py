@@ -126,18 +126,21 @@ class ToySource:
 
 
 def main(out: str, *settings: str) -> None:
-    """A training, whose task and source take the settings toy.dropout, toy.nan_at, toy.slow, toy.die_at, toy.n."""
+    """A training, whose task and source take the settings toy.dropout, toy.nan_at, toy.slow, toy.die_at, toy.n;
+    toy.kill_at and toy.stop_at are steps after whose log it gets a signal."""
     from dalle_fast.training.trainer import run
 
     torch.set_num_threads(1)
     toy = {k.removeprefix("toy."): yaml.safe_load(v) for k, _, v in (s.partition("=") for s in settings) if "toy." in k}
     task = ToyTask(toy.pop("dropout", 0.0))
-    kill_at = toy.pop("kill_at", None)
+    kill_at, stop_at = toy.pop("kill_at", None), toy.pop("stop_at", None)
 
     def on_log(row) -> None:
         print(row["step"], row["loss"], flush=True)
         if row["step"] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if row["step"] == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     config = config_of(*(setting for setting in settings if not setting.startswith("toy.")))
     result = run(task, ToySource(**toy), config, Path(out), on_log=on_log)
