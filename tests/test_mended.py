@@ -6,6 +6,7 @@ The rows are those of docs/upstream.md. Every docstring says what the original d
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -297,3 +298,32 @@ def test_b14_import_needs_no_pkg_resources() -> None:
     code = "import sys; sys.modules['pkg_resources'] = None; from dalle_fast import DALLE; print(DALLE.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "DALLE", done.stderr
+
+
+# --- B16: the trainers ------------------------------------------------------------------------------------------------
+
+
+def test_b16_the_temperature_is_a_function_of_the_step() -> None:
+    """The original's falls below its exp(-rate * step), each factor multiplied to those before."""
+    from dalle_fast.training.config import resolve
+    from dalle_fast.training.schedules import ramp
+
+    config = resolve("vae", preset="upstream", overrides=["data.source=pictures"])
+    for step in (0, 1000, 20_000, 693_147):
+        assert ramp(config.temperature, step) == pytest.approx(math.exp(-1e-6 * step), rel=1e-6)
+    assert ramp(config.temperature, 10**7) == 0.5
+
+
+def test_b16_padding_dilutes_no_text_loss() -> None:
+    """The original's mean is over all positions: a longer text_seq_len makes it smaller, whatever the caption says."""
+    from dalle_fast.training.tasks.dalle import token_losses
+
+    dalle = make_dalle()
+    text, codes = batch()
+    text[:, 3:] = 0
+    mean, _, counted = token_losses(dalle, text, codes, codes, padding_loss="first")
+    logits = dalle(text, codes)
+    ends = torch.tensor([[60 + 3], [60 + 3]])
+    wanted = torch.cat((text[:, :3], ends), dim=1)
+    each = torch.nn.functional.cross_entropy(logits[:, :4].flatten(0, 1), wanted.flatten())
+    assert counted == 8 and mean.item() == pytest.approx(each.item(), rel=1e-5)
