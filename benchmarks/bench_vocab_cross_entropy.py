@@ -22,9 +22,20 @@ from torch import Tensor
 from benchmarks.harness import Benchmark, Case, Job, Provider
 from benchmarks.machine import has_bfloat16_products
 from benchmarks.providers import implementations
-from benchmarks.vocabulary import BOTH, FORWARD, Call, Inputs, Oracle, Results, Sizes, call_in, cost, make_inputs
+from benchmarks.vocabulary import (
+    BOTH,
+    FORWARD,
+    Call,
+    Inputs,
+    Oracle,
+    Results,
+    Sizes,
+    call_in,
+    cost,
+    make_inputs,
+    sizes_of,
+)
 from benchmarks.vocabulary import ours as call_of
-from benchmarks.vocabulary import sizes_of
 from dalle_fast.ops import vocab_cross_entropy as op
 
 PEER_SLACK = 8.0
@@ -120,7 +131,7 @@ def _prepare(
     if compiled:
         torch._dynamo.reset()  # what earlier cases compiled counts towards a limit behind which nothing is compiled
         call = torch.compile(call, dynamic=False, fullgraph=True)
-    wide = Inputs(*(t.float() for t in inputs[:5]), inputs.labels)
+    wide = inputs.to(device, torch.float32)
     if autocast:  # the transformer's output is of 16 bits, parameters are not
         wide = wide._replace(hidden=inputs.hidden)
 

@@ -38,6 +38,11 @@ class Inputs(NamedTuple):
     bias: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Inputs:
+        """On a device, numbers in a dtype."""
+        *floating, labels = self
+        return Inputs._make([*(t.to(device, dtype) for t in floating), labels.to(device)])
+
 
 class Sizes(NamedTuple):
     """B samples of positions that predict text and image codes, rows of the weight for each, C channels."""
@@ -91,7 +96,7 @@ def _draw(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
         normal(n_codes, width).mul_(2 * width**-0.5),
         normal(n_codes),
     )
-    return Inputs(*(t.to(device, dtype) for t in floating), torch.cat(labels, dim=1).to(device))
+    return Inputs(*floating, torch.cat(labels, dim=1)).to(device, dtype)
 
 
 def call_in(mode: str, call: Call, inputs: Inputs) -> Results:
@@ -99,9 +104,11 @@ def call_in(mode: str, call: Call, inputs: Inputs) -> Results:
     if mode == FORWARD:
         with torch.no_grad():
             return {"losses": torch.stack(call(*inputs))}
-    leaves = [t.detach().requires_grad_() for t in inputs[:5]]
-    losses = call(*leaves, inputs.labels)
-    gradients = torch.autograd.grad(losses, leaves, [torch.full_like(x, r) for x, r in zip(losses, RATES, strict=True)])
+    leaves = Inputs._make([*(t.detach().requires_grad_() for t in inputs[:5]), inputs.labels])
+    losses = call(*leaves)
+    gradients = torch.autograd.grad(
+        losses, leaves[:5], [torch.full_like(x, r) for x, r in zip(losses, RATES, strict=True)]
+    )
     return {"losses": torch.stack(losses).detach()} | dict(zip(GRADIENTS, gradients, strict=True))
 
 
@@ -154,7 +161,7 @@ class Oracle:
 def _right(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Results, dict[str, float]]:
     """Results in float64, and the error allowed to each."""
     inputs = _draw(sizes, dtype, device)
-    wide = Inputs(*(t.double() for t in inputs[:5]), inputs.labels)
+    wide = inputs.to(device, torch.float64)
     exact, own = (call_in(BOTH, ours("reference", sizes), given) for given in (wide, inputs))
     budgets = {name: budget(exact[name], own[name]) for name in GRADIENTS}
     # a mean may be right by luck, its terms are not
@@ -165,7 +172,8 @@ def _right(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Resu
 def _row_losses(sizes: Sizes, inputs: Inputs) -> Tensor:
     """Every row's loss, in the precision of the inputs as the oracle has it."""
     dtype = torch.promote_types(inputs.hidden.dtype, torch.float32)
-    normed = F.layer_norm(inputs.hidden.to(dtype), (sizes.width,), *(t.to(dtype) for t in inputs[1:3]))
+    norm_weight, norm_bias = inputs.norm_weight.to(dtype), inputs.norm_bias.to(dtype)
+    normed = F.layer_norm(inputs.hidden.to(dtype), (sizes.width,), norm_weight, norm_bias)
     normed = normed.to(inputs.hidden.dtype).to(dtype)
     n, v = sizes.n_text, sizes.text_codes
     losses = []
