@@ -3,8 +3,8 @@
     y = LayerNorm(hidden)      l = y . weight^T + bias, each half by itself      loss = mean of log sum exp l - l_label
 
 "reference" is plain torch and differentiates itself. The others are pairs of launchers, `forward` and `backward`, in
-`dalle_fast.native`, behind one custom op: saved are the inputs and a few numbers a row from which normed rows and
-softmax are made again; nothing with an axis of the vocabulary.
+`dalle_fast.native` and `dalle_fast.kernels`, behind one custom op: saved are the inputs and a few numbers a row from
+which normed rows and softmax are made again; nothing with an axis of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from torch import Tensor
 from dalle_fast import dispatch
 from dalle_fast.layout import TokenLayout
 from dalle_fast.ops.checks import check_one_device, check_one_dtype, check_shape, dtype_name
-from dalle_fast.ops.support import refuse_second_derivative, supports_cpu
+from dalle_fast.ops.support import auto_avoids_triton, refuse_second_derivative, supports_cpu, supports_triton
 from dalle_fast.reference import vocab_cross_entropy as reference
 
 OP = "vocab_cross_entropy"
 IGNORED = reference.IGNORED
-_LAUNCHERS = {"cpu": "dalle_fast.native.vocab_cross_entropy"}
+_LAUNCHERS = {
+    "cpu": "dalle_fast.native.vocab_cross_entropy",
+    "triton": "dalle_fast.kernels.vocab_cross_entropy",
+}
 _STATISTICS = 6  # float32 [this many, B N], for the backward
 
 
@@ -147,6 +150,9 @@ def _fused(
 
 dispatch.register(OP, "reference", _reference)
 dispatch.register(OP, "cpu", partial(_fused, impl="cpu"), supports=supports_cpu, rank=1)
+dispatch.register(
+    OP, "triton", partial(_fused, impl="triton"), supports=supports_triton, avoid=auto_avoids_triton, rank=2
+)
 
 
 # ------------------------------------------------------------------------------------------------ registration
