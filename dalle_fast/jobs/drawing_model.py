@@ -112,7 +112,7 @@ class DrawingModel:
             )
         if dtype not in DTYPES:
             raise ValueError(f"model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        _check_device(device)
+        check_device(device)
         dalle = DALLE.from_pretrained(directory, device=device)
         vae, dalle.vae = dalle.vae, None
         dalle.to(torch.bfloat16 if dtype == "int8" else getattr(torch, dtype))
@@ -165,7 +165,11 @@ class DrawingModel:
         return rows
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """That torch can compute on a device.
+
+    Raises: ValueError.
+    """
     try:
         torch.zeros(1, device=device).item()  # item: so that the device must compute, which "meta" does not
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dalle_fast.jobs.drawing_model import check_device
 from dalle_fast.jobs.job import hash_model
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.training.data import open_samples
@@ -67,6 +68,7 @@ def encode(
     samples = open_samples(source, captioned=False)
     if samples.has_codes:
         raise ValueError(f"encode: the data must be pictures, got codes in {source}.")
+    check_device(device)
     model = DiscreteVAE.from_pretrained(vae, dtype=DTYPES[dtype], device=device).eval()
     manifest = CodesManifest(
         source=source,

@@ -146,8 +146,8 @@ def _sheet(source: SampleSource, batch: dict[str, Any]) -> Image.Image:
         if "text" in batch and source.captions is not None:
             text = _decoded(source.captions.tokenizer, batch["text"][place])
             wrapped = textwrap.wrap(text, _CHARACTERS)[:_LINES]
-            # The built-in font has few letters beyond ASCII.
-            shown = "\n".join(wrapped).encode("ascii", "replace").decode()
+            # The built-in font has no letters beyond Latin-1.
+            shown = "\n".join(wrapped).encode("latin-1", "replace").decode("latin-1")
             draw.multiline_text((left + 2, top + _CELL), shown, fill="black", spacing=0)
     return sheet
 

@@ -44,7 +44,7 @@ class ShardIndex:
 
     Attributes:
         size, mtime_ns: of the tar that was read.   whole: it has its end.
-        bare: samples without a picture.   rows: the others, in the tar's order.
+        bare: captions without a picture.   rows: the pictures, in the tar's order.
     """
 
     size: int
@@ -119,7 +119,9 @@ def _read_headers(path: Path, size: int, mtime_ns: int) -> ShardIndex:
             ) from None
         cut = True
     rows = [row for key, endings in places.items() if (row := _row(key, endings)) is not None]
-    return ShardIndex(size, mtime_ns, not cut and _ends_at(path, end), len(places) - len(rows), rows)
+    n_texts = sum(not endings.keys().isdisjoint(_TEXTS) for endings in places.values())
+    n_pairs = sum(row[5] >= 0 for row in rows)
+    return ShardIndex(size, mtime_ns, not cut and _ends_at(path, end), n_texts - n_pairs, rows)
 
 
 def _row(key: str, endings: dict[str, tuple[int, int]]) -> Row | None:
@@ -133,10 +135,10 @@ def _row(key: str, endings: dict[str, tuple[int, int]]) -> Row | None:
 
 
 def _starts_like_a_tar(path: Path) -> bool:
-    """Whether a file that cannot be read was once a tar: it has a tar's mark, or zeros only."""
+    """Whether a file that cannot be read may have been a tar: it has a tar's mark, zeros only, or is cut before."""
     with path.open("rb") as file:
         block = file.read(_BLOCK)
-    return block[257:262] == b"ustar" or not any(block)
+    return len(block) < _BLOCK or block[257:262] == b"ustar" or not any(block)
 
 
 def _ends_at(path: Path, end: int) -> bool:
