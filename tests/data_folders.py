@@ -103,7 +103,7 @@ def config(source, **options) -> SimpleNamespace:
 
 def opened(source, tokenizer=None, *, need=("pixels", "text"), text_seq_len=24, image_size=SIZE, **options):
     """The source, for pictures of 8 x 8; keywords of `open_source` or else of the configuration."""
-    names = {"vae", "num_tokens", "image_seq_len", "num_text_tokens"} & options.keys()
+    names = {"vae", "num_tokens", "image_seq_len"} & options.keys()
     model = {name: options.pop(name) for name in names}
     if tokenizer is None:
         need = set(need) - {"text"}

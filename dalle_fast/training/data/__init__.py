@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dalle_fast.training.data.captions import Captions, check_vocabulary
+from dalle_fast.training.data.captions import Captions
 from dalle_fast.training.data.codes import MANIFEST, CodesSamples
 from dalle_fast.training.data.folders import FolderSamples
 from dalle_fast.training.data.pictures import Pixels
@@ -63,7 +63,6 @@ def open_source(
     tokenizer: Any,
     text_seq_len: int | None,
     need: Collection[str],
-    num_text_tokens: int | None = None,
     vae: Path | None = None,
     num_tokens: int | None = None,
     image_seq_len: int | None = None,
@@ -74,7 +73,6 @@ def open_source(
         image_size, channels: of the pictures.   tokenizer, text_seq_len: of the captions; None where none are needed.
         need: of "pixels", "text", "codes". "codes" means codes where the source has them and pixels, to be encoded,
             where it does not; "pixels" means pixels, so a folder of codes is refused.
-        num_text_tokens: what the model has; a larger tokenizer is refused.
         vae, num_tokens, image_seq_len: the directory of the model's VAE, its codes, codes a picture; codes of another
             VAE are refused. None is not checked.
     Raises: FileNotFoundError, ValueError, TypeError (data that do not fit).
@@ -94,7 +92,6 @@ def open_source(
     captions = None
     if captioned:
         assert text_seq_len is not None
-        check_vocabulary(tokenizer, num_text_tokens)
         captions = Captions(
             tokenizer,
             text_seq_len,

@@ -79,18 +79,6 @@ class Captions:
         return row
 
 
-def check_vocabulary(tokenizer: Any, num_text_tokens: int | None) -> None:
-    """That a model has an embedding for every id of a tokenizer; None is not checked.
-
-    Raises: ValueError.
-    """
-    if num_text_tokens is not None and tokenizer.vocab_size > num_text_tokens:
-        raise ValueError(
-            f"train: the tokenizer must have at most num_text_tokens={num_text_tokens} entries, the model's, got "
-            f"{tokenizer.vocab_size}. Raise num_text_tokens, or train a smaller one: dalle-fast tokenizer train."
-        )
-
-
 def draw_caption(
     lines: Sequence[str], generator: torch.Generator, *, first_caption: float | None, word_dropout: float
 ) -> str:
