@@ -25,6 +25,8 @@ Ranker = Callable[[list[str], Tensor], Tensor]
 class ClipRanker:
     """Scores by the similarities of a CLIP of this package; a text that is too long for it is cut.
 
+    Padding is masked out, as `dalle-fast train-clip` does and the original's README.
+
     Args: clip: in evaluation mode.   tokenizer: of its texts, which are lower-cased.
     """
 
@@ -36,7 +38,9 @@ class ClipRanker:
         """Similarities [B]."""
         lower = [prompt.lower() for prompt in prompts]
         text = self.tokenizer.tokenize(lower, self.clip.text_seq_len, truncate_text=True)
-        return self.clip(text.to(images.device), images)
+        mask = text != 0
+        mask[:, 0] = True  # a prompt without a known word has a token, too
+        return self.clip(text.to(images.device), images, text_mask=mask.to(images.device))
 
 
 def load_ranker(rank: str, model: DrawingModel) -> Ranker:
