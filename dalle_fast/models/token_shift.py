@@ -7,8 +7,9 @@ ceil(C / 4).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_fast.layout import TokenLayout
@@ -20,17 +21,46 @@ def shift_tokens(x: Tensor, layout: TokenLayout) -> Tensor:
     Args: x: [B, N, C], N <= layout.length.
     Returns: [B, N, C], a new tensor.
     """
-    half, quarter = _chunks(x.shape[-1])
-    text, image = x[:, : layout.text_len], x[:, layout.text_len :]
-    before = F.pad(text[:, :-1, :half], (0, 0, 1, 0))[:, : text.shape[1]]
-    shifted = torch.cat((before, text[..., half:]), dim=-1)
-    if image.shape[1] == 0:
-        return shifted
-    above = F.pad(image[..., :quarter], (0, 0, layout.grid_cols, 0))[:, : image.shape[1]]
-    left = F.pad(image[:, :-1, quarter : 2 * quarter], (0, 0, 1, 0))
-    first_in_row = torch.arange(image.shape[1], device=x.device) % layout.grid_cols == 0
-    left = left.masked_fill(first_in_row[:, None], 0.0)
-    return torch.cat((shifted, torch.cat((above, left, image[..., 2 * quarter :]), dim=-1)), dim=1)
+    shifted: Tensor = _Shift.apply(x, layout.text_len, layout.grid_cols, False)
+    return shifted
+
+
+class _Shift(torch.autograd.Function):
+    """Every channel is written once, forward and backward: autograd of slices fills a tensor of zeros for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, text_len: int, cols: int, back: bool) -> Tensor:
+        ctx.arguments = text_len, cols, not back
+        return _moved(x, text_len, cols, back)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Shift.apply(gradient, *ctx.arguments), None, None, None
+
+
+def _moved(x: Tensor, text_len: int, cols: int, back: bool) -> Tensor:
+    """x [B, N, C] shifted, or what was shifted back where it came from."""
+    n, channels = x.shape[1:]
+    half, quarter = _chunks(channels)
+    start = min(text_len, n)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # positions first..last, channels from..to, by how many positions
+    parts = (
+        (0, start, 0, half, 1),
+        (0, start, half, channels, 0),
+        (start, n, 0, quarter, cols),
+        (start, n, quarter, 2 * quarter, 1),
+        (start, n, 2 * quarter, channels, 0),
+    )
+    for first, last, low, high, distance in parts:
+        by = min(distance, last - first)
+        later, earlier = slice(first + by, last), slice(first, last - by)
+        to, source = (earlier, later) if back else (later, earlier)
+        out[:, to, low:high] = x[:, source, low:high]
+        out[:, (slice(last - by, last) if back else slice(first, first + by)), low:high] = 0.0
+    # Nothing is to the left of a row's first token.
+    out[:, start + (cols - 1 if back else 0) :: cols, quarter : 2 * quarter] = 0.0
+    return out
 
 
 class ShiftCache:
