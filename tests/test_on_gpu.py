@@ -63,3 +63,21 @@ def test_half_precision_draws_and_keeps_float32_angles():
     assert model.transformer.angles.dtype == torch.float32 and model.transformer.angles.is_cuda
     images = model.generate_images(prompts(2).cuda(), seed=1)
     assert images.dtype == torch.bfloat16 and bool(images.isfinite().all())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_training_steps_lower_the_loss(precision):
+    """Attention, head and loss by the kernels, parameters in float32, under autocast where precision is of 16 bits."""
+    model, text = small_dalle(torch.float32).cuda().train(), prompts(4).cuda()
+    image = torch.randint(30, (4, 64), generator=torch.Generator().manual_seed(0)).cuda()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = model(text, image, return_loss=True)
+        optimiser.zero_grad()
+        loss.backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]

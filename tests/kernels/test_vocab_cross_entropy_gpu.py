@@ -11,7 +11,7 @@ from dalle_fast.functional import vocab_cross_entropy
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-D512 = {"codes": (10256, 8192), "width": 512, "n_text": 256, "grid": (32, 32), "batch": 1, "problems": 2}
+D512 = {"codes": (10256, 8192), "width": 512, "n_text": 256, "grid": (32, 32), "batch": 1}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
@@ -34,10 +34,10 @@ def test_real_sizes(divide_max, dtype):
     "case",
     [
         Case((1, 1), 1, n_text=1, grid=(1, 2), batch=1, problems=32),
-        Case((1001, 4097), 200, n_text=77, grid=(17, 23), batch=3, problems=4),
+        Case((1001, 4097), 200, n_text=77, grid=(17, 23), batch=3),
         Case((97, 130), 1100, n_text=1, grid=(11, 13), bias=False, divide_max=True),
-        Case((49408, 1024), 260, n_text=80, grid=(8, 8), n=80, problems=2),
-        Case((300, 16384), 64, n_text=70, grid=(64, 64), batch=1, problems=2),  # rows in several chunks
+        Case((49408, 1024), 260, n_text=80, grid=(8, 8), n=80),
+        Case((300, 16384), 64, n_text=70, grid=(64, 64), batch=1),  # rows in several chunks
         Case((0, 500), 33, n_text=0, grid=(9, 7), problems=16),
     ],
     ids=str,
