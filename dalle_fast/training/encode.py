@@ -6,6 +6,7 @@ not at all; the same call again goes on with those that are missing, and codes.j
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -85,9 +86,17 @@ def encode(
         dtype=dtype,
         shard_size=shard_size,
         n_pictures=len(samples),
+        keys_hash=_hash_keys(samples),
     )
     _start(out, manifest)
     return _encode_missing(samples, model, out, manifest, batch=batch, workers=workers, on_batch=on_batch)
+
+
+def _hash_keys(samples: Samples) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(samples)):
+        digest.update(samples.key(index).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _start(out: Path, manifest: CodesManifest) -> None:
@@ -103,7 +112,7 @@ def _start(out: Path, manifest: CodesManifest) -> None:
         write_whole(out / MANIFEST, [manifest.to_json()])
         return
     there = asdict(replace(CodesManifest.read(out), counts=[], skipped=0, complete=False))
-    # Where data and VAE lie may change, what they are may not.
+    # Where data and VAE lie may change; which pictures and which weights may not.
     now = {name: value for name, value in asdict(manifest).items() if name not in ("source", "vae")}
     different = [name for name, value in now.items() if there[name] != value]
     if different:

@@ -67,10 +67,11 @@ def test_the_picture_is_the_first_batch_with_its_captions_below(tmp_path, words)
         assert bare.crop((0, 128, 128, 164)).convert("L").getextrema() == (255, 255)
 
 
-def test_captions_that_are_too_long_are_said_to_end_the_training(tmp_path, words):
-    write_folder(tmp_path / "data", 2)
-    source = opened(tmp_path / "data", words, text_seq_len=2)
-    with pytest.raises(ValueError, match="must fit text_seq_len=2"):
+def test_a_caption_that_is_too_long_is_found_before_the_training(tmp_path, words):
+    write_folder(tmp_path / "data", 30)
+    write_pair(tmp_path / "data", "long", 7, text="red bird\n" + "red bird " * 20)
+    source = opened(tmp_path / "data", words, first_caption=1.0)
+    with pytest.raises(ValueError, match=r"long\.png: a caption must fit text_seq_len=24, got"):
         source.report(tmp_path / "out")
 
 

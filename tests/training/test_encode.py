@@ -168,6 +168,16 @@ def test_codes_of_another_vae_are_refused(tmp_path, vae, words):
         opened(tmp_path / "codes", words)
 
 
+def test_other_pictures_of_the_same_number_are_refused(tmp_path, vae):
+    write_folder(tmp_path / "pictures", 2)
+    encode(str(tmp_path / "pictures"), vae, tmp_path / "codes")
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    assert encode(str(tmp_path / "moved"), vae, tmp_path / "codes").complete
+    (tmp_path / "moved" / "000.png").rename(tmp_path / "moved" / "a.png")
+    with pytest.raises(ValueError, match="got keys_hash"):
+        encode(str(tmp_path / "moved"), vae, tmp_path / "codes")
+
+
 def test_other_settings_and_other_files_there_are_refused(tmp_path, vae):
     write_folder(tmp_path / "pictures", 2)
     arguments = (str(tmp_path / "pictures"), vae, tmp_path / "codes")

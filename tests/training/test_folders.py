@@ -174,6 +174,16 @@ def test_another_index_of_that_name_is_none_of_ours(tmp_path):
         assert len(FolderSamples(tmp_path, captioned=True)) == 2
 
 
+def test_names_that_are_no_text_are_read(tmp_path, words):
+    write_folder(tmp_path, 2)
+    for ending in ("png", "txt"):
+        os.rename(tmp_path / f"000.{ending}", os.fsencode(tmp_path) + b"/\xff." + ending.encode())
+    source = opened(tmp_path, words, held_out=0.01)
+    names = [name for batch in batches(source, workers=1) for name in batch["names"]]
+    assert any(name.endswith("\ufffd.png") for name in names)
+    assert "\n".join(names).encode()
+
+
 def test_bad_folders_are_sentences(tmp_path, words):
     with pytest.raises(FileNotFoundError, match="found nothing at"):
         opened(tmp_path / "absent", words)
@@ -182,6 +192,9 @@ def test_bad_folders_are_sentences(tmp_path, words):
         opened(tmp_path)
     (tmp_path / "bare.png").write_bytes(encoded(1))
     with pytest.raises(ValueError, match=r"and \.txt files of the same names, got 2 files, 1 of them pictures"):
+        opened(tmp_path, words)
+    (tmp_path / "000.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"Name shards as {tmp_path}/{{000\.\.009}}\.tar"):
         opened(tmp_path, words)
     (tmp_path / "bare.png").write_bytes(b"")
     (tmp_path / "bare.txt").write_text("caption")

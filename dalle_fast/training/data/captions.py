@@ -56,23 +56,30 @@ class Captions:
         Raises: CaptionTooLong.
         """
         if generator is None:
-            return self._padded(self.tokenizer.encode(lines[0]), lines[0])
+            return self._padded(self.whole(lines[0]))
         line = draw_caption(lines, generator, first_caption=self.first_caption, word_dropout=self.word_dropout)
         if not self.bpe_dropout:
-            return self._padded(self.tokenizer.encode(line), line)
+            return self._padded(self.whole(line))
         ids = self._bpe.encode(line, int(torch.randint(2**62, (), generator=generator)))
         # Left out merges make a caption longer: cut what would have fitted, refuse what would not.
-        if len(ids) > self.text_seq_len and not self.truncate:
-            self._padded(self.tokenizer.encode(line), line)
-            ids = ids[: self.text_seq_len]
-        return self._padded(ids, line)
+        if len(ids) > self.text_seq_len:
+            self.whole(line)
+        return self._padded(ids)
 
-    def _padded(self, ids: Sequence[int] | Tensor, line: str) -> Tensor:
+    def whole(self, line: str) -> Sequence[int] | Tensor:
+        """The ids of a caption, nothing left out or cut.
+
+        Raises: CaptionTooLong (more than fit, where none may be cut).
+        """
+        ids: Sequence[int] | Tensor = self.tokenizer.encode(line)
         if len(ids) > self.text_seq_len and not self.truncate:
             raise CaptionTooLong(
                 f"a caption must fit text_seq_len={self.text_seq_len}, got {len(ids)} tokens for {line!r:.80}. "
                 "Shorten it, or set data.truncate."
             )
+        return ids
+
+    def _padded(self, ids: Sequence[int] | Tensor) -> Tensor:
         row = torch.zeros(self.text_seq_len, dtype=torch.long)
         ids = torch.as_tensor(ids[: self.text_seq_len], dtype=torch.long)
         row[: len(ids)] = ids

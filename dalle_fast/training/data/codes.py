@@ -35,7 +35,7 @@ class CodesManifest:
         num_tokens, image_seq_len, image_size, channels: of the VAE.
         resize, smallest_crop, crops, seed: how pictures became pixels, `crops` times each.
         dtype: of the VAE's arithmetic.   shard_size: pictures of a shard.
-        n_pictures: of the source.   counts: samples of each shard.
+        n_pictures, keys_hash: of the source; sha256 of its keys in order.   counts: samples of each shard.
         skipped: of them, crops counted apart, did not open.
         complete: `encode` has finished.
     """
@@ -54,6 +54,7 @@ class CodesManifest:
     dtype: str
     shard_size: int
     n_pictures: int
+    keys_hash: str
     counts: list[int] = field(default_factory=list)
     skipped: int = 0
     complete: bool = False

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from dalle_fast.training.data.pictures import PICTURE_SUFFIXES
-from dalle_fast.training.data.samples import Skipped, Unusable
+from dalle_fast.training.data.samples import Skipped, Unusable, readable
 
 _INDEX = "index.json"
 
@@ -72,9 +72,10 @@ class FolderSamples:
         if not self._files:
             endings = ", ".join(sorted(PICTURE_SUFFIXES))
             wanted = f"pictures ({endings})" + (" and .txt files of the same names" if captioned else "")
+            tars = f"shards as {folder}/{{000..009}}.tar" if any(folder.glob("*.tar")) else "the folder above them"
             raise ValueError(
                 f"train: the folder must hold {wanted}, got {n_files} files, {len(found)} of them pictures, in "
-                f"{folder}. Name the folder above them."
+                f"{folder}. Name {tars}."
             )
 
     def _kept(self, found: list[tuple[str, Path, Path | None]], captioned: bool) -> list[tuple[str, Path, Path | None]]:
@@ -95,11 +96,11 @@ class FolderSamples:
 
     def key(self, index: int) -> str:
         """The picture's path in the folder, without the ending."""
-        return self._files[index][0]
+        return readable(self._files[index][0])
 
     def name(self, index: int) -> str:
         """The picture's path."""
-        return str(self._files[index][1])
+        return readable(str(self._files[index][1]))
 
     def picture(self, index: int) -> Path | BinaryIO:
         """The picture's path."""

@@ -17,9 +17,10 @@ from dalle_fast.jobs.job import hash_model
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.sampling.gallery import to_pixels
 from dalle_fast.training.codebook_usage import CodebookUsage
+from dalle_fast.training.data.captions import CaptionTooLong
 from dalle_fast.training.data.codes import CodesSamples
 from dalle_fast.training.data.pictures import BROKEN
-from dalle_fast.training.data.samples import Samples, Unusable
+from dalle_fast.training.data.samples import DataError, Samples, Unusable
 from dalle_fast.whole_files import make_folder, write_whole
 
 if TYPE_CHECKING:
@@ -76,16 +77,18 @@ def _captions(source: SampleSource, indices: list[int]) -> list[str]:
             source.samples.skipped.add(source.samples.name(index), error.reason, str(error))
             continue
         n_captions.append(len(own))
-        lengths.extend(len(captions.tokenizer.encode(line)) for line in own)
+        try:
+            lengths.extend(len(captions.whole(line)) for line in own)
+        except CaptionTooLong as error:
+            raise DataError(f"train: {source.samples.name(index)}: {error}") from None
     if not lengths:
         return ["captions: none"]
     n_cut = sum(length > captions.text_seq_len for length in lengths)
-    fate = "are cut" if captions.truncate else "are too long and end the training"
     return [
         f"captions a sample: {min(n_captions)} to {max(n_captions)}",
         "tokens a caption: "
         + ", ".join(f"{what} {int(np.quantile(lengths, q, method='nearest'))}" for what, q in _QUANTILES),
-        f"of {len(lengths):,} captions {n_cut:,} ({n_cut / len(lengths):.1%}) {fate} at text_seq_len="
+        f"of {len(lengths):,} captions {n_cut:,} ({n_cut / len(lengths):.1%}) are cut at text_seq_len="
         f"{captions.text_seq_len}",
     ]
 

@@ -23,6 +23,11 @@ class Unusable(Exception):
         self.reason = reason
 
 
+def readable(name: str) -> str:
+    """A file's name as text: bytes that are not UTF-8 replaced, so that it can be hashed, written and shown."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class DataError(ValueError):
     """What ends a training, in a sentence."""
 

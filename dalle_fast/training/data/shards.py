@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dalle_fast.training.data.folders import caption_lines
 from dalle_fast.training.data.pictures import PICTURE_SUFFIXES
-from dalle_fast.training.data.samples import Skipped, Unusable
+from dalle_fast.training.data.samples import Skipped, Unusable, readable
 from dalle_fast.whole_files import write_whole
 
 INDEX_SUFFIX = ".index.json"
@@ -111,7 +111,7 @@ def _read_headers(path: Path, size: int, mtime_ns: int) -> ShardIndex:
                 if member.isfile() and not cut:
                     key, ending = base_plus_ext(member.name)
                     if key is not None:
-                        places.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
+                        places.setdefault(readable(key), {})[ending.lower()] = (member.offset_data, member.size)
     except tarfile.ReadError as error:
         if not places and size and not _starts_like_a_tar(path):
             raise ValueError(
