@@ -140,7 +140,8 @@ def test_the_pool_is_the_runs_first_samples(words):
 
         def loader(self, **how):
             assert how["world"] == 1 and how["first_step"] == 0 and how["seed"] == 3
-            return iter([batch_of(1, first=i) for i in range(how["steps"])])
+            assert how["batch"] == how["micro_batch"] == 3 and how["steps"] == 1
+            return iter([batch_of(3)])
 
     config, model = dalle_config(code_noise={"share": 0.5, "rate": 0.5}), vae()
     pool = noise_pool(Source(), model, config)

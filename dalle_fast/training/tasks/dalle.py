@@ -38,6 +38,7 @@ from dalle_fast.training.tasks.text import load_tokenizer, saved_tokenizer, voca
 
 _SHOWN = 4
 _POOL = 512  # samples that noise takes its codes from
+_AT_ONCE = 32  # of them are encoded
 
 
 class Relaxed(NamedTuple):
@@ -280,8 +281,10 @@ def noise_pool(source: Source, vae: DiscreteVAE, config: DalleConfig) -> Tensor 
     """
     if not config.code_noise.share:
         return None
+    count = min(_POOL, source.n)
+    batch = min(_AT_ONCE, count)
     loader = source.loader(
-        rank=0, world=1, batch=1, micro_batch=1, first_step=0, steps=min(_POOL, source.n), seed=config.loop.seed,
+        rank=0, world=1, batch=batch, micro_batch=batch, first_step=0, steps=-(-count // batch), seed=config.loop.seed,
         workers=0, pin_memory=False,
     )  # fmt: skip
     rows = [b["codes"] if "codes" in b else vae.get_codebook_indices(images_of(b["pixels"])) for b in loader]
