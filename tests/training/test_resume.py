@@ -115,3 +115,25 @@ def test_killed_with_kill_9_and_resumed_is_never_stopped(tmp_path):
     resumed = launch(tmp_path / "parts", *settings)
     assert "stopped: finished 7" in resumed.stdout, resumed.stderr
     assert_equal_states(tmp_path / "whole", tmp_path / "parts", 7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path, number):
+    """Ctrl-C and job managers reach the processes that read, too: the step is still finished and saved."""
+    command = [
+        sys.executable,
+        toy_training.__file__,
+        str(tmp_path),
+        "data.workers=2",
+        "loop.steps=2000",
+        "toy.slow=0.02",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        os.killpg(process.pid, number)
+        said = process.stdout.read()
+    assert lines[-1].startswith("3 ")
+    assert process.returncode == 0
+    step = int(said.splitlines()[-1].removeprefix(f"stopped: {number.name} "))
+    assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "done.json").is_file()

@@ -216,3 +216,56 @@ def test_a_finished_run_only_writes_its_model(tmp_path):
     assert (tmp_path / "model" / "toy.pt").is_file()
     longer = run(ToyTask(), ToySource(), config_of("loop.steps=8"), tmp_path)
     assert longer.step == 8 and math.isfinite(longer.figures["loss"])
+
+
+# ------------------------------------------------------------------------------------------------------- loss scaling
+
+
+def test_skipped_steps_of_loss_scaling_are_counted(tmp_path, monkeypatch):
+    """Accelerate scales losses only on accelerators; here it gets a scaler for the CPU, whose first scales overflow."""
+    from dalle_fast.training import trainer
+
+    make = trainer.make_accelerator
+
+    def scaling(config):
+        accelerator, micro_batch = make(config.model_copy(update={"loop": config_of("loop.batch=4").loop}))
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=1000)
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
+        return accelerator, micro_batch
+
+    monkeypatch.setattr(trainer, "make_accelerator", scaling)
+    settings = ["loop.precision=fp16", "loop.save_steps=2", "loop.steps=20", "loop.ema_decay=0.5"]
+    seen, task = [], ToyTask()
+    result = run(task, ToySource(), config_of(*settings), tmp_path / "whole", on_log=seen.append)
+    skipped = result.figures["fp16_skipped"]
+    assert 2 < skipped < 18
+    assert "grad_norm" not in seen[0] and math.isfinite(result.figures["grad_norm"])
+    average = torch.load(tmp_path / "whole" / "model" / "toy.pt")
+    assert not torch.equal(average["model.0.weight"], ToyTask().module.model[0].weight)
+
+    def stop(row) -> None:
+        if row["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run(ToyTask(), ToySource(), config_of(*settings), tmp_path / "parts", on_log=stop)
+    other = ToyTask()
+    assert run(other, ToySource(), config_of(*settings), tmp_path / "parts").figures["fp16_skipped"] == skipped
+    assert all(torch.equal(weights(task)[name], tensor) for name, tensor in weights(other).items())
+
+
+@pytest.mark.gpu
+def test_fp16_on_a_gpu_learns_and_resumes(tmp_path):
+    settings = ["loop.precision=fp16", "loop.steps=40", "optimiser.learning_rate=0.03", "loop.save_steps=10"]
+    seen, task = [], ToyTask(dropout=0.3)
+    run(task, ToySource(), config_of(*settings), tmp_path / "whole", on_log=seen.append)
+    assert seen[-1]["loss"] < seen[0]["loss"] and seen[-1]["fp16_skipped"] < 40
+
+    def stop(row) -> None:
+        if row["step"] == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run(ToyTask(dropout=0.3), ToySource(), config_of(*settings), tmp_path / "parts", on_log=stop)
+    other = ToyTask(dropout=0.3)
+    run(other, ToySource(), config_of(*settings), tmp_path / "parts")
+    assert all(torch.equal(weights(task)[name], tensor) for name, tensor in weights(other).items())

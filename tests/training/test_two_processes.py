@@ -60,3 +60,25 @@ def test_what_one_process_meets_stops_both(tmp_path):
     assert "got one that differs in loop.seed" in again.stderr
     stopped = launch(tmp_path / "stopped", *settings, "toy.stop_at=2", processes=2)
     assert stopped.returncode == 0 and "stopped: SIGTERM 3" in stopped.stdout, stopped.stderr
+
+
+@pytest.mark.long
+def test_sharded_processes_learn_what_one_does_and_resume(tmp_path):
+    """FSDP2: the whole weights meet in the main process where they are evaluated, pictured and saved."""
+    settings = [*COMMON, "loop.batch=8", "loop.micro_batch=2", "optimiser.clip_norm=0.5", "loop.log_steps=1"]
+    settings += ["loop.evaluate_steps=7", "loop.picture_steps=7"]
+    run(ToyTask(), ToySource(), config_of(*settings), tmp_path / "one")
+    whole = launch(tmp_path / "whole", *settings, "toy.sharded=true", processes=2)
+    assert "stopped: finished 7" in whole.stdout, whole.stderr
+    assert launch(tmp_path / "parts", *settings, "toy.sharded=true", "toy.kill_at=4", processes=2).returncode != 0
+    resumed = launch(tmp_path / "parts", *settings, "toy.sharded=true", processes=2)
+    assert "stopped: finished 7" in resumed.stdout, resumed.stderr
+    one, two, parts = (torch.load(tmp_path / name / "model" / "toy.pt") for name in ("one", "whole", "parts"))
+    for name, tensor in one.items():
+        assert torch.equal(two[name], parts[name]), name
+        if "seen" not in name:
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{name} differs")
+    held_out = [(tmp_path / name / "log.csv").read_text().splitlines()[-1].split(",")[-1] for name in ("one", "whole")]
+    assert float(held_out[1]) == pytest.approx(float(held_out[0]), rel=1e-4)
+    refused = launch(tmp_path / "ema", *settings, "loop.ema_decay=0.9", "toy.sharded=true", processes=2)
+    assert "loop.ema_decay must be null where parameters are sharded (FSDP), got 0.9: it needs whole" in refused.stderr

@@ -125,14 +125,35 @@ class ToySource:
         return "ten toys"
 
 
+def shard_on_cpus() -> None:
+    """Accelerate shards parameters (FSDP2) only over accelerators; here it believes that CPUs are some."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from dalle_fast.training import machine
+
+    class Sharding(Accelerator):
+        def __init__(self, **settings) -> None:
+            super().__init__(**settings)
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1, cpu_ram_efficient_loading=False
+            )
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.state.distributed_type = DistributedType.FSDP
+
+    machine.Accelerator = Sharding  # type: ignore[misc]
+
+
 def main(out: str, *settings: str) -> None:
     """A training, whose task and source take the settings toy.dropout, toy.nan_at, toy.slow, toy.die_at, toy.n;
-    toy.kill_at and toy.stop_at are steps after whose log it gets a signal."""
+    toy.sharded: FSDP2; toy.kill_at and toy.stop_at are steps after whose log it gets a signal."""
     from dalle_fast.training.trainer import run
 
     torch.set_num_threads(1)
     toy = {k.removeprefix("toy."): yaml.safe_load(v) for k, _, v in (s.partition("=") for s in settings) if "toy." in k}
     task = ToyTask(toy.pop("dropout", 0.0))
+    if toy.pop("sharded", False):
+        shard_on_cpus()
     kill_at, stop_at = toy.pop("kill_at", None), toy.pop("stop_at", None)
 
     def on_log(row) -> None:
