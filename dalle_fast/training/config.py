@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 # These may differ from the run that a folder holds: they change no step that was made, nor any that is to come.
 FREE = frozenset(
     ("loop.steps", "loop.save_steps", "loop.keep", "loop.log_steps", "loop.picture_steps", "loop.evaluate_steps")
-) | {"data.workers"}
+) | {"data.workers", "checkpointing"}
 
 
 class Section(BaseModel):
@@ -188,6 +188,7 @@ class DalleConfig(TrainConfig):
     null_cond_prob: of an empty caption, for guidance.
     padding_loss: which text positions behind a caption count: "all", as in the original, or the "first", its end.
     end_to_end: gradients of the token loss reach the VAE's encoder.
+    checkpointing: compute blocks again in the backward pass, for less memory; the same bits.
     """
 
     kind: Literal["dalle"] = "dalle"
@@ -197,6 +198,7 @@ class DalleConfig(TrainConfig):
     code_noise: CodeNoise = CodeNoise()
     padding_loss: Literal["first", "all"] = "first"
     end_to_end: bool = False
+    checkpointing: bool = False
 
 
 class ClipConfig(TrainConfig):

@@ -29,6 +29,18 @@ def codes_of(one, batch):
     return one.model.vae.get_codebook_indices(batch["pixels"].float() / 255)
 
 
+def test_checkpointing_changes_no_bit(words):
+    def gradients(**settings):
+        torch.manual_seed(0)
+        one = task(words, **settings)
+        assert one.model.transformer.checkpointing == settings.get("checkpointing", False)
+        one.module(batch_of(4), 0, 0.0)[0].backward()
+        return [parameter.grad for _, parameter in one.parameters_for()]
+
+    for one, other in zip(gradients(), gradients(checkpointing=True), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 @pytest.mark.parametrize("model", [{}, {"stable": True}, {"rotary_emb": False, "share_input_output_emb": True}])
 def test_with_all_padding_the_loss_is_the_originals(words, model):
     one = task(words, model=model, padding_loss="all")

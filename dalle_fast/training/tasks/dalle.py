@@ -184,6 +184,7 @@ class DalleTask:
             vae.requires_grad_(True)
         if config.code_noise.share and pool is None:
             raise ValueError("train: code_noise must have a pool of codes to draw from, got none. Give noise_pool().")
+        model.transformer.checkpointing = config.checkpointing
         self.module: nn.Module = DalleModule(model, config, pool, text_length)
 
     @property
