@@ -25,6 +25,7 @@ from data_folders import (
 )
 
 from dalle_fast.training.data.folders import FolderSamples
+from dalle_fast.training.order import Stream, generator, is_held_out
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,19 @@ def test_captions_do_not_depend_on_how_pictures_are_drawn(folder, words):
     """So codes made beforehand meet the same captions as pictures encoded on the fly."""
     first, second = (batches(opened(folder, words, resize=how, flip=how == "none")) for how in ("paper", "none"))
     assert torch.equal(first[0]["text"], second[0]["text"])
+
+
+def test_crops_and_captions_are_drawn_apart(folder, words, monkeypatch):
+    """With one stream a certain caption would come with certain crops."""
+    asked = set()
+
+    def watched(seed, position, stream):
+        asked.add(stream)
+        return generator(seed, position, stream)
+
+    monkeypatch.setattr("dalle_fast.training.data.source.generator", watched)
+    batches(opened(folder, words), steps=1)
+    assert asked == {Stream.PICTURE, Stream.CAPTION}
 
 
 def broken_folder(folder):
@@ -149,8 +163,6 @@ def test_the_held_out_share_is_kept_apart_in_order_and_undrawn(tmp_path, words):
 
 
 def test_of_the_emoji_folder_skin_tones_are_left_out_and_its_split_is_the_hash_of_the_names(tmp_path):
-    from dalle_fast.training.order import is_held_out
-
     write_folder(tmp_path, 2)
     write_pair(tmp_path, "1F44B-1F3FD", 5)
     rows = [{"stem": "1F44B-1F3FD", "skin_tone": True}, {"stem": "000", "skin_tone": False}]

@@ -91,10 +91,7 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
 
 
 def count_samples(folder: Path, number: int) -> int | None:
-    """How many samples a shard holds; None if it is not there whole.
-
-    The .jsonl is written first: where the .safetensors is, both are.
-    """
+    """How many samples a shard holds; None if one of its two files is missing or damaged."""
     tensors, lines = shard_paths(folder, number)
     if not tensors.is_file() or not lines.is_file():
         return None
