@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from tqdm import tqdm
 
+from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.ranking import ClipRanker, load_ranker
 from dalle_fast.models.clip import CLIP
 from dalle_fast.models.dalle import DALLE
-from dalle_fast.tokenizers.hug import HugTokenizer
 from dalle_fast.training import quality
 from dalle_fast.training.emoji_data import EmojiData
 from dalle_fast.training.pack import FIXED_LIST, SETTINGS
@@ -19,6 +21,7 @@ from dalle_fast.training.pack import pack as write_model
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _OUT = click.Path(file_okay=False, path_type=Path)
+_HELD_OUT_CAPTIONS = 64
 _SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"
 
 
@@ -88,32 +91,53 @@ def evaluate(data: Path, model: Path, samples: int, seed: int, vae_only: bool, o
     """Print the quality figures of a packed model on DATA (of `dalle-fast data emoji`), and write them as JSON."""
     emoji = _read_data(data)
     try:
-        dalle = DALLE.from_pretrained(model)
-    except (FileNotFoundError, ValueError) as error:
+        loaded = DrawingModel.read(model)
+        own_clip = model / "clip"
+        ranker = load_ranker(str(own_clip), loaded) if own_clip.is_dir() else None
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise click.ClickException(str(error)) from None
-    vae_figures = quality.vae_figures(dalle.vae, emoji.pictures, emoji.held_out)
-    _show_vae(vae_figures)
-    settings = json.loads((model / SETTINGS).read_text(encoding="utf-8"))
-    drawing = None
-    if not vae_only:
-        fixed = (model / FIXED_LIST).read_text(encoding="utf-8").splitlines()
-        with tqdm(total=len(fixed) * samples, unit="picture", desc="drawing") as bar:
-            drawing = quality.drawing_figures(
-                dalle,
-                HugTokenizer(model / "tokenizer.json"),
-                emoji,
-                fixed,
-                samples=samples,
-                seed=seed,
-                settings=settings,
-                on_batch=bar.update,
-            )
-        click.echo(
-            f"nearest picture is the captioned one: {drawing.nearest_best_of:.1%} of {drawing.captions} captions, "
-            f"best of {drawing.samples}; {drawing.nearest_single:.1%} of single samples"
+    side, got = loaded.dalle.vae.image_size, emoji.pictures.shape[-1]
+    if side != got:
+        raise click.ClickException(
+            f"evaluate: DATA must hold pictures of {side}x{side}, as the model draws them, got {got}x{got}. Write them "
+            f"with `dalle-fast data emoji --size {side}`."
         )
-        click.echo(f"missed: {', '.join(drawing.missed_captions)}")
-    quality.write_figures(out, vae_figures, drawing, settings)
+    vae_figures = quality.vae_figures(loaded.dalle.vae, emoji.pictures, emoji.held_out)
+    _show_vae(vae_figures)
+    clip_figures = None
+    if isinstance(ranker, ClipRanker):
+        clip_figures = quality.clip_figures(ranker.clip, ranker.tokenizer, emoji)
+        click.echo(
+            f"CLIP, recall@1 among {clip_figures.pairs} held-out pairs: text to picture "
+            f"{clip_figures.text_to_picture:.1%}, picture to text {clip_figures.picture_to_text:.1%}"
+        )
+    settings = json.loads((model / SETTINGS).read_text(encoding="utf-8"))
+    fixed = (model / FIXED_LIST).read_text(encoding="utf-8").splitlines()
+    apart = [entry.held_out_alias for entry in emoji.entries if entry.held_out_alias][:_HELD_OUT_CAPTIONS]
+    drawing, held_out = (
+        _drawing(loaded, emoji, captions, what, samples=samples, seed=seed, settings=settings, ranker=ranker)
+        if captions and not vae_only
+        else None
+        for captions, what in ((fixed, "fixed list"), (apart, "held-out captions"))
+    )
+    quality.write_figures(out, vae_figures, drawing, settings, held_out=held_out, clip=clip_figures)
+
+
+def _drawing(
+    model: DrawingModel, data: EmojiData, captions: list[str], what: str, *, samples: int, **settings: Any
+) -> quality.DrawingFigures:
+    """The figures of a list of captions, printed."""
+    with tqdm(total=len(captions) * samples, unit="picture", desc=what) as bar:
+        found = quality.drawing_figures(
+            model.dalle, model.tokenizer, data, captions, samples=samples, on_batch=bar.update, **settings
+        )
+    ranked = "" if found.nearest_ranked is None else f", {found.nearest_ranked:.1%} of those that the CLIP ranks first"
+    click.echo(
+        f"{what}: the nearest picture is the captioned one for {found.nearest_best_of:.1%} of {found.captions} "
+        f"captions, best of {found.samples}{ranked}; {found.nearest_single:.1%} of single samples"
+    )
+    click.echo(f"missed: {', '.join(found.missed_captions)}")
+    return found
 
 
 def _show_vae(figures: quality.VaeFigures) -> None:

@@ -1,6 +1,7 @@
 """The quality figures count what they say, and a packed model holds what drawing and evaluating read."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,59 @@ def test_a_caption_counts_when_one_sample_is_nearest_to_its_picture():
     assert figures.nearest_single == (4 + 1 + 0 + 2) / 16
     assert figures.missed_captions == ["thing 2"]
     assert figures.hit_captions == ["thing 0", "thing 1", "thing 3"]
+
+
+def test_the_sample_that_is_ranked_first_counts_alone():
+    emoji_data = data()
+    model = Drawing(emoji_data.pictures, {0: [0, 0, 0, 0], 1: [4, 1, 4, 4], 2: [0, 1, 3, 4], 3: [3, 2, 3, 2]})
+
+    def ranker(prompts, images):
+        """The last sample of "thing 0", the second of the others."""
+        return torch.tensor([float(i % 4 == (3 if prompt == "thing 0" else 1)) for i, prompt in enumerate(prompts)])
+
+    captions = [f"thing {i}" for i in range(4)]
+    figures = quality.drawing_figures(model, Tokenizer(), emoji_data, captions, samples=4, ranker=ranker)
+    assert figures.nearest_ranked == 2 / 4 and figures.nearest_best_of == 3 / 4
+
+
+def test_a_held_out_caption_names_its_picture():
+    emoji_data = data()
+    emoji_data.entries[2] = replace(emoji_data.entries[2], held_out_alias="other 4")
+    model = Drawing(emoji_data.pictures, {4: [2, 0, 0, 0]})
+    figures = quality.drawing_figures(model, Tokenizer(), emoji_data, ["other 4"], samples=4)
+    assert figures.nearest_best_of == 1 and figures.nearest_ranked is None
+
+
+def test_larger_pictures_are_compared_by_their_areas():
+    small = data(3).pictures
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    enlarged = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    wanted = quality.nearest_pictures(pixels, small)
+    assert torch.allclose(quality.nearest_pictures(enlarged, large), wanted, rtol=1e-12)
+
+
+def test_clip_figures_are_recall_at_one_among_the_held_out_pairs():
+    emoji_data = data()
+    emoji_data.entries[3] = replace(emoji_data.entries[3], held_out=True)
+
+    class Clip:
+        """Every text fits picture 1 best; picture 3 fits its own text better than another."""
+
+        text_seq_len = 2
+
+        def __call__(self, text, images):
+            fit = {1: [0.9, 0.3], 3: [0.9, 0.5]}[int(text[0, 0])]
+            assert len(images) == 2 and images.max() <= 1
+            return torch.tensor(fit)
+
+    class Words(Tokenizer):
+        def tokenize(self, texts, context_length, truncate_text):
+            assert truncate_text
+            return super().tokenize(texts, context_length)
+
+    figures = quality.clip_figures(Clip(), Words(), emoji_data)
+    assert (figures.pairs, figures.text_to_picture, figures.picture_to_text) == (2, 0.5, 1.0)
 
 
 def test_an_equal_picture_counts():
@@ -145,4 +199,5 @@ def test_the_command_prints_the_figures_and_writes_them(packed, tmp_path):
     assert "PSNR" in result.output and "codes used" in result.output and "nearest picture" in result.output
     record = json.loads(written.read_text())
     assert record["drawing"]["captions"] == 5
+    assert record["clip"] is None and record["drawing_held_out"] is None and record["drawing"]["nearest_ranked"] is None
     assert record["settings"] == {"temperature": 0.5, "cond_scale": 1.0, "top_k": 8}
