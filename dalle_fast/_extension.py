@@ -29,6 +29,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dalle_fast_gumbel_codebook_forward": ([_POINTER], _I32),
     "dalle_fast_gumbel_codebook_nearest": ([_POINTER], _I32),
     "dalle_fast_gumbel_codebook_backward": ([_POINTER], _I32),
+    "dalle_fast_geglu_forward": ([_POINTER], _I32),
+    "dalle_fast_geglu_backward": ([_POINTER], _I32),
     "dalle_fast_nearest_code": ([_POINTER, _I64, _I64, _POINTER, _I64, _POINTER], _I32),
     "dalle_fast_decode": ([_POINTER], _I32),
     "dalle_fast_decode_workspace": ([_POINTER, _I64], _I64),

@@ -7,6 +7,7 @@
 
 #include "choose_token.h"
 #include "decode.h"
+#include "geglu.h"
 #include "gumbel_codebook.h"
 #include "parallel.h"
 #include "sparse_attention.h"
@@ -45,6 +46,10 @@ DALLE_FAST_EXPORT int32_t dalle_fast_gumbel_codebook_backward(const dalle_fast::
 // All tensors of the call: vocab_cross_entropy.h.
 DALLE_FAST_EXPORT int32_t dalle_fast_vocab_cross_entropy_forward(const dalle_fast::VocabCrossEntropy* op);
 DALLE_FAST_EXPORT int32_t dalle_fast_vocab_cross_entropy_backward(const dalle_fast::VocabCrossEntropy* op);
+
+// All tensors of the call: geglu.h.
+DALLE_FAST_EXPORT int32_t dalle_fast_geglu_forward(const dalle_fast::Geglu* op);
+DALLE_FAST_EXPORT int32_t dalle_fast_geglu_backward(const dalle_fast::Geglu* op);
 
 // nearest [n]: for each row of x [n, width] the index of the nearest row of codebook [codes, width].
 DALLE_FAST_EXPORT int32_t dalle_fast_nearest_code(const float* x, int64_t n, int64_t width, const float* codebook,

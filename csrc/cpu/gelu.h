@@ -28,12 +28,22 @@ static inline Vec erf_of_positive(Vec z) {
   return z < kMiddle ? below * z : 1.0f - exp2_normal(above);
 }
 
-static inline Vec gelu(Vec x) {
-  const Vec z = x * 0x1.6a09e6p-1f;  // x / sqrt(2)
+// 1 + erf(x / sqrt(2)): twice the normal distribution.
+static inline Vec twice_distribution(Vec x) {
+  const Vec z = x * 0x1.6a09e6p-1f;
   const Vec size = reinterpret_cast<Vec>(reinterpret_cast<VecI>(z) & 0x7FFFFFFF);
   const Vec erf = erf_of_positive(size);
-  return x * 0.5f * (1.0f + (z < 0.0f ? -erf : erf));
+  return 1.0f + (z < 0.0f ? -erf : erf);
 }
+
+static inline Vec gelu(Vec x) { return x * 0.5f * twice_distribution(x); }
+
+// The normal distribution and its density at x: of them the slope of gelu is made.
+struct Normal {
+  Vec distribution, density;
+  explicit Normal(Vec x)
+      : distribution(0.5f * twice_distribution(x)), density(0x1.988454p-2f * exp2(x * x * (-0.5f * kLog2E))) {}
+};
 
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

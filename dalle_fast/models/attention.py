@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast.models.cache import KVCache, LayerCache
+from dalle_fast.ops.geglu import geglu
 from dalle_fast.ops.sparse_attention import sparse_attention
 from dalle_fast.patterns import AttentionPattern
 from dalle_fast.reference.sparse_attention import turn_pairs
@@ -104,5 +105,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
-        value, gate = self.w_in(x).chunk(2, dim=-1)
-        return self.w_out(self.dropout(value * F.gelu(gate)))
+        return self.w_out(self.dropout(geglu(self.w_in(x))))

@@ -208,6 +208,24 @@ void drive_vocab_cross_entropy(int64_t width, int64_t text_codes, int64_t image_
   expect(tensors == once, "a second run gives the same bits");
 }
 
+// Widths off the vectors, of every element; a gate of zero closes.
+void drive_geglu(int64_t rows, int64_t width, dalle_fast::Element element) {
+  std::vector<char> x = quarters(rows * 2 * width, element), dout = quarters(rows * width, element);
+  std::vector<char> out(dout.size()), dx(x.size());
+  dalle_fast::Geglu op{rows, width, element, x.data(), out.data(), dout.data(), dx.data()};
+  expect(dalle_fast_geglu_forward(&op) == 0 && dalle_fast_geglu_backward(&op) == 0, "geglu");
+  if (element != dalle_fast::Element::float32) return;
+  const auto at = [](const std::vector<char>& of, int64_t i) { return reinterpret_cast<const float*>(of.data())[i]; };
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < width; ++i) {
+      const float value = at(x, row * 2 * width + i), gate = at(x, row * 2 * width + width + i);
+      const float gelu = gate * 0.5f * (1 + std::erf(gate * 0.70710678f));
+      expect(std::fabs(at(out, row * width + i) - value * gelu) <= 1e-6f * (1 + std::fabs(value * gate)), "geglu's value");
+      expect(std::isfinite(at(dx, row * 2 * width + i) + at(dx, row * 2 * width + width + i)), "geglu's gradient");
+    }
+  }
+}
+
 void drive_choose_tokens(int64_t rows, int64_t codes) {
   std::vector<float> logits(rows * codes);
   const std::vector<uint64_t> seeds(rows, ~uint64_t{0});
@@ -301,6 +319,9 @@ int main() {
                                   static_cast<dalle_fast::Choice>(choice), sizes == 1, choice == sizes);
           }
         }
+      }
+      for (int32_t element : {0, 1, 2}) {
+        for (int64_t width : {1, 15, 16, 37}) drive_geglu(5, width, static_cast<dalle_fast::Element>(element));
       }
       for (int32_t element : {0, 1, 2}) {
         for (int options : {5, 10, 15}) drive_decode(static_cast<dalle_fast::PackedElement>(element), options);
