@@ -36,7 +36,7 @@ from dalle_fast.training.tasks.common import build, device_of, first_position, i
 from dalle_fast.training.tasks.noise import drawn_in_step
 from dalle_fast.training.tasks.text import load_tokenizer, saved_tokenizer, vocabulary
 
-_SHOWN = 4
+_SHOWN, _SHOWN_SIDE = 4, 128  # pictures, pixels
 _POOL = 512  # samples that noise takes its codes from
 _AT_ONCE = 32  # of them are encoded
 
@@ -208,11 +208,13 @@ class DalleTask:
         shown = {key: value[:_SHOWN] for key, value in batch.items()}
         text = shown["text"].to(device_of(model))
         codes = codes_of(model, shown)
-        drawn = model.generate_images(text, filter_thres=0.9, seed=self.config.loop.seed)
+        top_k = max(1, model.num_image_tokens // 10)
+        drawn = model.generate_images(text, top_k=top_k, seed=self.config.loop.seed)
         assert isinstance(drawn, Tensor)
         pairs = torch.stack((to_pixels(model.vae, model.vae.decode(codes)), to_pixels(model.vae, drawn)), dim=1)
         captions = [self._caption(ids) for ids in text.cpu()]
-        sheet = labelled_grid(list(zip(captions, pairs[:, :, :3].cpu(), strict=True)))
+        scale = max(1, _SHOWN_SIDE // model.vae.image_size)
+        sheet = labelled_grid(list(zip(captions, pairs[:, :, :3].cpu(), strict=True)), scale=scale)
         return {"samples": torch.from_numpy(np.array(sheet)).permute(2, 0, 1)}
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers
 
 from dalle_fast.tokenizers.base import BatchTokenizer
 from dalle_fast.training.data.samples import Unusable
@@ -42,7 +42,7 @@ def vocabulary(tokenizer: BatchTokenizer) -> int:
 def saved_tokenizer(name: str) -> Tokenizer | Path | None:
     """What `save_pretrained` takes as this tokenizer; None for "chinese", which is no tokenizer.json.
 
-    CLIP's lower-cases and collapses spaces by itself there: the file holds the encoding alone.
+    CLIP's lower-cases, collapses spaces and marks ends of words by itself in a file, which holds the encoding alone.
     """
     if name == CHINESE_NAME:
         return None
@@ -52,6 +52,7 @@ def saved_tokenizer(name: str) -> Tokenizer | Path | None:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
     )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     return tokenizer
 
 
