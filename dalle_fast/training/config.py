@@ -40,7 +40,7 @@ class DataConfig(Section):
     truncate: cut captions that are too long; False refuses them.
     first_caption: probability of a caption file's first line; None: all lines are as likely.
     word_dropout, bpe_dropout: probability that a word is left out, that a merge of the tokenizer is.
-    flip: mirror half of the pictures.   augment: "emoji": flips, transpositions and shifts of the whole batch.
+    flip: mirror half of the pictures.   augment: "emoji": flips, transpositions and shifts of up to 3 pixels, on white.
     held_out: share of the samples, by a hash of their names, that is kept from training.
     workers: processes that read, for each that trains; 0: none.
     """

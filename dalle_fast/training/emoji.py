@@ -213,6 +213,6 @@ def licence_text() -> str:
         f"{openmoji.ATTRIBUTION}\n\n"
         f"The files in this folder (a model trained on pictures of OpenMoji {openmoji.VERSION}, pictures drawn with "
         "it)\nare derived from OpenMoji and under the same licence, Creative Commons Attribution-ShareAlike 4.0\n"
-        "International, whose text follows. Changes: the SVG pictures were drawn at 64x64 and used to train neural\n"
+        "International, whose text follows. Changes: the SVG pictures were drawn as pixels and used to train neural\n"
         f"networks.\n\n{full}"
     )
