@@ -40,6 +40,7 @@ from dalle_fast.training.trackers import Console, CsvTracker, tensorboard_tracke
 from dalle_fast.whole_files import TEMPORARY, bring_to_disk
 
 _EMA = "ema.safetensors"
+_PICTURED = 8  # held-out samples
 
 _log = logging.getLogger(__name__)
 
@@ -335,7 +336,7 @@ class _Training:
 
     def _write_pictures(self) -> None:
         def work() -> None:
-            held_out = self.source.held_out(self.micro_batch)
+            held_out = self.source.held_out(_PICTURED)
             batch = self.last_batch if held_out is None else next(iter(held_out))
             batch = send_to_device(batch, next(self.task.module.parameters()).device)
             with torch.no_grad():
