@@ -15,7 +15,7 @@ from dalle_fast.training.config import DalleConfig, VaeConfig, _known_keys, reso
 from dalle_fast.training.config import presets as known_presets
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-ACCELERATE = {"--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
+ACCELERATE = {"--cpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
 DISTRIBUTED = {"--distributed_backend", "--distr_backend", "--deepspeed", "--deepspeed_config", "--local_rank"}
 # Of dalle_pytorch 1.6.6; the deepspeed package adds two of the distributed ones.
 ORIGINAL = {
