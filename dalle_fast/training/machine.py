@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dalle_fast.training.agreement import main_does
 from dalle_fast.training.config import LoopConfig, TrainConfig
@@ -121,6 +122,28 @@ def _evaluating(module: nn.Module, average: MovingAverage | None, work: Callable
             return work()
     finally:
         module.train()
+
+
+def settle_order_of_sums(prepared: nn.Module) -> None:
+    """Has DistributedDataParallel group gradients now, in an order that no step decides.
+
+    It regroups them after its first backward pass, by the order in which they came. Three processes or more then add in
+    another order: the first steps of a run that goes on would round otherwise than those of one that never stopped.
+    """
+    if not isinstance(prepared, DistributedDataParallel):
+        return
+    module = prepared.module
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    own = vars(module).get("forward")
+    module.forward = lambda: torch.stack([parameter.sum().float() for parameter in parameters]).sum()
+    try:
+        prepared().backward()
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def any_number_of_processes(accelerator: Accelerator) -> None:

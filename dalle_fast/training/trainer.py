@@ -3,8 +3,7 @@
 A step takes `loop.batch` samples, split over processes and micro-steps; its gradient is the mean over all of them, so
 a loss that is a mean over samples learns the same however they are split. Random draws of a module come from torch's
 default generator, which every micro-step seeds with a function of (loop.seed, step, place in the batch): a checkpoint
-holds no random state, and a run that goes on from it makes the same steps, bit for bit. Three processes or more add
-gradients in an order that DistributedDataParallel settles in the first step after each start: there, last bits differ.
+holds no random state, and a run that goes on from it makes the same steps, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dalle_fast.training.agreement import main_does
 from dalle_fast.training.checkpoints import CHECKPOINTS, Checkpoints, claim
 from dalle_fast.training.config import TrainConfig
 from dalle_fast.training.ema import MovingAverage
-from dalle_fast.training.machine import WholeModule, any_number_of_processes, make_accelerator
+from dalle_fast.training.machine import WholeModule, any_number_of_processes, make_accelerator, settle_order_of_sums
 from dalle_fast.training.meter import Meter
 from dalle_fast.training.optimisers import make_optimiser
 from dalle_fast.training.schedules import Plateau, learning_rate
@@ -112,6 +111,7 @@ class _Training:
         any_number_of_processes(accelerator)
         optimiser = make_optimiser(config.optimiser, task.parameters_for())
         self.module, self.optimiser = accelerator.prepare(task.module, optimiser)
+        settle_order_of_sums(self.module)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         decay = self.loop.ema_decay
         self.average = None if decay is None else MovingAverage(task.parameters_for(), decay)

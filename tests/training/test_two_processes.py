@@ -39,12 +39,14 @@ def test_two_processes_learn_what_one_does_and_one_goes_on_from_them(tmp_path):
 
 
 @pytest.mark.long
-def test_two_killed_processes_go_on_bit_for_bit(tmp_path):
-    settings = [*SETTINGS, "loop.micro_batch=2", "toy.dropout=0.3"]
-    whole = launch(tmp_path / "whole", *settings, processes=2)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_killed_processes_go_on_bit_for_bit(tmp_path, processes):
+    """Three: DistributedDataParallel must not add gradients in another order after a start."""
+    settings = [*SETTINGS, f"loop.batch={processes * 4}", "loop.micro_batch=2", "toy.dropout=0.3"]
+    whole = launch(tmp_path / "whole", *settings, processes=processes)
     assert "stopped: finished 7" in whole.stdout, whole.stderr
-    assert launch(tmp_path / "parts", *settings, "toy.kill_at=4", processes=2).returncode != 0
-    resumed = launch(tmp_path / "parts", *settings, processes=2)
+    assert launch(tmp_path / "parts", *settings, "toy.kill_at=4", processes=processes).returncode != 0
+    resumed = launch(tmp_path / "parts", *settings, processes=processes)
     assert "stopped: finished 7" in resumed.stdout, resumed.stderr
     assert_equal_states(tmp_path / "whole", tmp_path / "parts", 7)
 
