@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+# How torch begins to say that a process that reads has died. It does so wherever the main process happens to be.
+DEAD_WORKER = "DataLoader worker"
 _DONE, _FACTS, _LOCK = "done.json", "trainer.json", ".lock"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -120,6 +122,8 @@ class Checkpoints:
             main_does(self._accelerator, finish)
         except Exception as error:
             main_does(self._accelerator, lambda: shutil.rmtree(scratch, ignore_errors=True))
+            if DEAD_WORKER in str(error):
+                raise
             raise RuntimeError(self.sentence(f"the checkpoint of step {step} must be written", error)) from error
         self._whole_ones.append(f"step-{step:08d}")
         main_does(self._accelerator, self._remove_old)

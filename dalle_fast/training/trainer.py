@@ -26,7 +26,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from dalle_fast.training.agreement import main_does
-from dalle_fast.training.checkpoints import CHECKPOINTS, Checkpoints, claim
+from dalle_fast.training.checkpoints import CHECKPOINTS, DEAD_WORKER, Checkpoints, claim
 from dalle_fast.training.config import TrainConfig
 from dalle_fast.training.ema import MovingAverage
 from dalle_fast.training.machine import WholeModule, any_number_of_processes, make_accelerator, settle_order_of_sums
@@ -138,8 +138,7 @@ class _Training:
         try:
             stopped = self._steps()
         except RuntimeError as error:
-            # torch raises it wherever the main process happens to be when a worker dies.
-            if "DataLoader worker" not in str(error):
+            if DEAD_WORKER not in str(error):
                 raise
             raise RuntimeError(
                 f"train: the workers that read data must stay alive, got {str(error).splitlines()[0]!r} after step "
