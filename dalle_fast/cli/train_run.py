@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -30,6 +30,7 @@ def run_training(options: TrainOptions) -> None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of every checkpoint
     config = resolved(options)
     task, source = built(config)
+    _check_upstream(options, config, task)
     config = _with_epochs(config, options, source)
     _say(_beginning(config, task, source, options.out))
     result = trainer.run(task, source, config, options.out)
@@ -92,6 +93,8 @@ def _dalle(config: DalleConfig) -> tuple[Task, Source]:
     tokenizer = load_tokenizer(config.tokenizer)
     vae = read_vae(config.vae)
     text_seq_len = config.model.get("text_seq_len", 256)
+    if not isinstance(text_seq_len, int) or text_seq_len < 1:
+        raise ValueError(f"train: model.text_seq_len must be a whole number of at least 1, got {text_seq_len!r}.")
     source = open_source(
         config.data, image_size=vae.image_size, channels=vae.channels, tokenizer=tokenizer, text_seq_len=text_seq_len,
         need={"text", "pixels" if config.end_to_end else "codes"},
@@ -156,6 +159,22 @@ def _with_epochs(config: Config, options: TrainOptions, source: Source) -> Confi
         return config
     steps = max(1, round(options.epochs * source.n / config.loop.batch))
     return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps})})
+
+
+def _check_upstream(options: TrainOptions, config: Config, task: Task) -> None:
+    """Refuses, before anything is trained, what the original could not read or what could not be written.
+
+    Raises: ValueError, FileNotFoundError.
+    """
+    from dalle_fast.compat.checkpoints import upstream_checkpoint
+    from dalle_fast.training.tasks.fold import folded
+
+    path, model = options.upstream_checkpoint, cast(Any, task.module).model
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"train: {path.parent} must be a folder to write {path.name} to, found none. Make it.")
+    upstream_checkpoint(folded(model) if isinstance(config, VaeConfig) and config.fold else model)
 
 
 def _write_upstream(options: TrainOptions) -> None:

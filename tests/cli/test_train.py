@@ -159,11 +159,23 @@ def test_wrong_data_and_models_are_a_sentence(place, vae, tmp_path):
         fails="vae must be the directory of a trained VAE, got none",
     )
     call("train", place / "pictures", tmp_path / "a", *words, "--vae", tmp_path, fails="must hold config.json")
+    call("train", place / "pictures", tmp_path / "a", *words, "--vae", vae[0], "--set", "model.text_seq_len=x",
+         fails="text_seq_len must be a whole number of at least 1, got 'x'")  # fmt: skip
     call("train", place / "pictures", tmp_path / "a", "--vae", vae[0], "--tokenizer", "no.json", fails="no.json")
     call("train", place / "pictures", tmp_path / "a", *words, "--vae", place / "tokenizer.json",
          fails="must be a vae.pt of the original's")  # fmt: skip
     call("train-clip", place / "pictures", tmp_path / "a", *words, "--batch", 4, "--micro-batch", 2, *model(CLIP_SIZES),
          fails="Accumulation cannot enlarge a contrastive batch")  # fmt: skip
+
+
+def test_what_the_original_cannot_read_is_refused_before_training(place, vae, tmp_path):
+    command = ["train-vae", place / "pictures", tmp_path / "out", *model(VAE), "--upstream-checkpoint"]
+    call(*command, tmp_path / "no" / "vae.pt", fails="must be a folder to write vae.pt to, found none")
+    call(*command, tmp_path / "vae.pt", "--set", "fold=false", fails="must have quantizer='gumbel', got 'vq'")
+    words = ["--vae", vae[0], "--tokenizer", place / "tokenizer.json", *model(DALLE_SIZES)]
+    call("train", place / "pictures", tmp_path / "out", *words, "--upstream-checkpoint", tmp_path / "dalle.pt", "--set",
+         "model.attn_types=[paper_row]", fails="attn_types must be of the original's")  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_codes_of_another_vae_are_refused(place, vae, tmp_path):
