@@ -198,9 +198,9 @@ class Checkpoints:
 
 
 def _save_state(accelerator: Accelerator, folder: Path) -> None:
+    if not folder.is_dir():
+        raise OSError("a machine that does not see the main one's folder; take a file system that all share")
     accelerator.save_state(str(folder))
-    if not any(folder.iterdir()):
-        raise OSError(f"{folder} stayed empty; do all machines see it?")
 
 
 def _seal(folder: Path, step: int) -> None:

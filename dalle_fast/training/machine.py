@@ -31,17 +31,18 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, int]:
     # One process may train several models one after the other, each with its precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
+    on_cpu = not torch.accelerator.is_available()
+    for kind in ("FSDP", "DEEPSPEED"):
+        if on_cpu and os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+            raise ValueError(
+                f"train: {kind} must have accelerators to shard over, got CPUs alone. Start with torchrun."
+            )
     # Without `cpu`, each of torchrun's processes on a machine without an accelerator would believe to be the only one.
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu,
         mixed_precision=config.loop.precision,
         gradient_accumulation_plugin=plugin,
     )
-    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
-        raise RuntimeError(
-            f"train: all {launched} processes must find each other, got {accelerator.num_processes} that did. "
-            "Start them with torchrun, or with `accelerate launch`."
-        )
     micro_batch = _micro_batch(config.loop, accelerator.num_processes)
     micro_steps = config.loop.batch // (micro_batch * accelerator.num_processes)
     if config.loop.precision == "fp16" and accelerator.device.type == "cpu":

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from toy_training import ToySource, ToyTask, config_of
 
 from dalle_fast.training.config import resolve
+from dalle_fast.training.trackers import Console
 from dalle_fast.training.trainer import run
 
 
@@ -113,6 +115,16 @@ def test_what_does_not_fit_the_machine_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_sharding_without_accelerators_is_refused(tmp_path, monkeypatch):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator to shard over")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        ValueError, match=r"FSDP must have accelerators to shard over, got CPUs alone\. Start with torch"
+    ):
+        run(ToyTask(), ToySource(), config_of(), tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     task = ToyTask()
     config = config_of("loop.micro_batch=2", "loop.save_steps=2")
@@ -206,6 +218,28 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, number):
     assert signal.getsignal(number) is before
     assert run(ToyTask(), ToySource(), config, tmp_path).stopped == "finished"
     assert [int(row["step"]) for row in rows_of(tmp_path)] == list(range(1, 31))
+
+
+def test_outside_the_main_thread_signals_are_left_alone(tmp_path):
+    before, results = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: results.append(run(ToyTask(), ToySource(), config_of(), tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].stopped == "finished" and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    console = Console("train toy", 3, 10, shown=True)
+    console.say("ten toys")
+    console.stepped()
+    console.log({"step": 4, "loss": 0.25, "learning_rate": 1e-3, "images_per_second": 12.0})
+    console.close()
+    shown = capsys.readouterr().err
+    assert "ten toys\n" in shown and "train toy" in shown and "4/10" in shown
+    assert "loss 0.25, lr 0.001, 12.0 images/s" in shown
+    Console("train toy", 0, 10, shown=False).log({"step": 1, "loss": 0.25})
+    assert capsys.readouterr().err == ""
 
 
 def test_a_finished_run_only_writes_its_model(tmp_path):
