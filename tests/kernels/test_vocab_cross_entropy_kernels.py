@@ -79,10 +79,28 @@ def test_logits_of_ten_thousand(dtype):
     check_problems("triton", case, [inputs._replace(weight=inputs.weight * 4000) for inputs in problems])
 
 
+@pytest.mark.long
 def test_rows_far_from_zero():
-    case = Case((9, 5), 70, grid=(1, 4), batch=1, problems=2)
+    """So wide that a plain sum of a row is off."""
+    case = Case((2, 3), 1000, n_text=2, grid=(1, 5), batch=1, ignored=0, problems=2)
     problems = [make_inputs(case, seed=i) for i in range(case.problems)]
     check_problems("triton", case, [inputs._replace(hidden=inputs.hidden + 1e3) for inputs in problems])
+
+
+def test_gradients_of_unlikely_codes_are_not_lost_in_float16():
+    """Rows are equal, so that of the weight is that of the bias times the normed row, which is rounded as G is."""
+    case = Case((40, 9), 24, batch=1, ignored=0)
+    inputs = make_inputs(case)
+    inputs.hidden[:] = inputs.hidden[:, :1].clone()
+    inputs.weight.zero_()
+    inputs.labels.zero_()
+    inputs.bias[:] = -17.0  # a probability of 4e-8, less than float16 holds
+    inputs.bias[[0, 40]] = 0.0
+    with torch.autocast("cpu", FP16):
+        *_, dweight, dbias = results("triton", case, inputs)
+    y = torch.nn.functional.layer_norm(inputs.hidden[0, 0], (24,), inputs.norm_weight, inputs.norm_bias)
+    expected = dbias[:, None] * y
+    assert dbias.all() and ((dweight - expected).abs() <= 2 * torch.finfo(FP16).eps / 2 * expected.abs()).all()
 
 
 def test_impossible_codes_are_as_if_they_were_not_there():
