@@ -134,29 +134,39 @@ class Checkpoints:
         Args: read_more: reads what `write_more` wrote; in all processes.
         Raises: RuntimeError (there are some, and none can be read).
         """
-        names = main_does(self._accelerator, self._look)
-        for number, name in enumerate(names, start=1):
+        found = main_does(self._accelerator, self._look)
+        failed: list[tuple[Path, str]] = []
+
+        def set_failed_aside() -> None:
+            for path, why in failed:
+                _warn_and_set_aside(path, why)
+
+        for number, (name, complaint) in enumerate(found):
             path = self.folder / name
-
-            def read(path: Path = path) -> None:
-                self._accelerator.load_state(str(path))
-                # Micro-steps so far: another number of processes splits a step into another number of them.
-                self._accelerator.step = 0
-                read_more(path)
-
-            try:
-                all_do(self._accelerator, read)
-            except Exception as error:
-                main_does(self._accelerator, lambda path=path, error=error: _warn_and_set_aside(path, error))  # type: ignore[misc]
+            if complaint:
+                failed.append((path, complaint))
                 continue
-            self._whole_ones = names[number - 1 :][::-1]
+            try:
+                all_do(self._accelerator, lambda path=path: self._read(path, read_more))  # type: ignore[misc]
+            except Exception as error:
+                failed.append((path, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+                continue
+            main_does(self._accelerator, set_failed_aside)
+            self._whole_ones = [name for name, complaint in reversed(found[number:]) if not complaint]
             return json.loads((path / _FACTS).read_text(encoding="utf-8"))
-        if names:
+        if failed:
+            path, why = failed[0]
             raise RuntimeError(
-                f"train: a checkpoint in {self.folder} must be readable, got none that is. They were set aside as "
-                "*.broken; to begin anew, name another folder."
+                f"train: {self.folder} must hold a checkpoint that can be read, got none: {path.name} cannot "
+                f"({why:.300}). Start as it was started before, sharded or not; to begin anew, name another folder."
             )
         return None
+
+    def _read(self, path: Path, read_more: Callable[[Path], None]) -> None:
+        self._accelerator.load_state(str(path))
+        # Micro-steps so far: another number of processes splits a step into another number of them.
+        self._accelerator.step = 0
+        read_more(path)
 
     @property
     def last_good(self) -> str:
@@ -174,19 +184,16 @@ class Checkpoints:
             f"Last good checkpoint: {self.last_good}. Make room, and run the same command again."
         )
 
-    def _look(self) -> list[str]:
-        """Names of whole ones, the last first; damaged ones are set aside, what killed processes left goes."""
+    def _look(self) -> list[tuple[str, str]]:
+        """Names, the last first, and why each is not whole, "" if it is; what killed processes left goes."""
         names = []
-        for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name, reverse=True):
-            path = Path(entry.path)
+        for entry in list(os.scandir(self.folder)):
             if entry.name.startswith(TEMPORARY):
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(entry.path, ignore_errors=True)
             elif _NAME.fullmatch(entry.name):
-                if complaint := _complaint(path):
-                    _warn_and_set_aside(path, complaint)
-                else:
-                    names.append(entry.name)
-        return sorted(names, key=lambda name: int(name.rpartition("-")[2]), reverse=True)
+                names.append(entry.name)
+        names.sort(key=lambda name: int(name.rpartition("-")[2]), reverse=True)
+        return [(name, _complaint(self.folder / name)) for name in names]
 
     def _remove_old(self) -> None:
         while len(self._whole_ones) > self._keep:
@@ -224,7 +231,7 @@ def _complaint(path: Path) -> str:
     return ""
 
 
-def _warn_and_set_aside(path: Path, why: object) -> None:
+def _warn_and_set_aside(path: Path, why: str) -> None:
     aside = _set_aside(path)
     _log.warning("train: checkpoint %s is damaged (%s). It is %s now; an older one is taken.", path, why, aside.name)
 

@@ -69,19 +69,16 @@ def _micro_batch(loop: LoopConfig, world: int) -> int:
 
 
 def _check_sharded(accelerator: Accelerator, config: TrainConfig) -> None:
-    kind = accelerator.distributed_type.value
-    for key, wrong in (
-        ("loop.ema_decay", config.loop.ema_decay is not None),
-        ("optimiser.name", config.optimiser.name == "muon"),
-    ):
-        if wrong:
-            name = key.rpartition(".")[2]
-            value = getattr(config.loop if key.startswith("loop") else config.optimiser, name)
-            instead = "null" if name == "ema_decay" else "adamw"
-            raise ValueError(
-                f"train: {key} must be {instead} where parameters are sharded ({kind}), got {value}: it needs whole "
-                "ones. Take that, or DDP."
-            )
+    refused: list[tuple[str, object, str]] = []
+    if config.loop.ema_decay is not None:
+        refused.append(("loop.ema_decay", config.loop.ema_decay, "null"))
+    if config.optimiser.name == "muon":
+        refused.append(("optimiser.name", "muon", "adamw"))
+    for key, value, instead in refused:
+        raise ValueError(
+            f"train: {key} must be {instead} where parameters are sharded ({accelerator.distributed_type.value}), got "
+            f"{value}: it needs whole ones. Take that, or DDP."
+        )
 
 
 class WholeModule:

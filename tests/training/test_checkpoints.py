@@ -74,12 +74,15 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(trained, caplog, damage
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_when_none_is_readable_nothing_begins_anew(trained):
-    for name in names(trained):
-        _garble(trained / "checkpoints" / name)
-    with pytest.raises(RuntimeError, match=r"must be readable, got none that is. They were set aside as"):
+@pytest.mark.parametrize("damage", [_truncate, _garble])
+def test_when_none_is_readable_nothing_begins_anew(trained, damage):
+    before = names(trained)
+    for name in before:
+        damage(trained / "checkpoints" / name)
+    with pytest.raises(RuntimeError) as refusal:
         run(ToyTask(), ToySource(), config_of(*SAVE_EACH), trained)
-    assert all(name.endswith(".broken") for name in names(trained))
+    assert "must hold a checkpoint that can be read, got none: step-00000006 cannot (" in str(refusal.value)
+    assert names(trained) == before
 
 
 def test_what_a_killed_process_left_is_removed(trained):
