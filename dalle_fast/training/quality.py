@@ -77,7 +77,7 @@ def clip_figures(clip: CLIP, tokenizer: Any, data: EmojiData) -> ClipFigures:
     texts = tokenizer.tokenize([data.entries[i].caption for i in places], clip.text_seq_len, truncate_text=True)
     images = data.pictures[places].float() / 255
     # [texts, pictures]
-    scores = torch.stack([clip(text[None], images) for text in texts])
+    scores = torch.stack([clip(text[None], images, text_mask=text[None] != 0) for text in texts])
     own = scores.diagonal()
     by_text, by_picture = scores.amax(1) <= own, scores.amax(0) <= own
     return ClipFigures(len(places), by_text.double().mean().item(), by_picture.double().mean().item())

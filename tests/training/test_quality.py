@@ -106,7 +106,8 @@ def test_clip_figures_are_recall_at_one_among_the_held_out_pairs():
 
         text_seq_len = 2
 
-        def __call__(self, text, images):
+        def __call__(self, text, images, text_mask):
+            assert text_mask.tolist() == [[True, False]], "padding is masked out, as in training"
             fit = {1: [0.9, 0.3], 3: [0.9, 0.5]}[int(text[0, 0])]
             assert len(images) == 2 and images.max() <= 1
             return torch.tensor(fit)
