@@ -20,8 +20,8 @@ CASES = [
     Case((49, 48), 1030, torch.bfloat16, problems=4),
     Case((60, 33), 15, n_text=600, grid=(20, 30), batch=1, problems=4),
 ]
-# So wide that both passes take the rows in several chunks; so many rows that the backward pass takes the codes in several
-# ranges.
+# So wide that both passes take the rows in several chunks; so many rows that the backward pass takes the codes in
+# several ranges.
 IN_CHUNKS = [
     Case((7, 100), 6000, n_text=60, grid=(18, 18), batch=1, problems=3),
     Case((7, 100), 6000, torch.bfloat16, n_text=60, grid=(18, 18), batch=1, problems=3),
