@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 Kind = Literal["vae", "dalle", "clip"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -101,7 +101,8 @@ class LoopConfig(Section):
     steps: Count
     batch: Count
     micro_batch: Count | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    # YAML reads a bare `no` as false.
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_steps: Count = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

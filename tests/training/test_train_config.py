@@ -34,6 +34,11 @@ def test_yaml_reads_back_to_the_same():
     assert yaml.safe_load(text)["kind"] == "dalle"
 
 
+def test_a_bare_no_is_no_precision():
+    config = resolve("vae", overrides=[*NEEDED, "loop.precision=no"])
+    assert config.loop.precision == "no" and VaeConfig.from_yaml(config.to_yaml(), "config.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
