@@ -1,7 +1,13 @@
-"""What is really trained goes on bit for bit, too: all that its steps change is in its checkpoints."""
+"""What is really trained goes on bit for bit, too: all that its steps change is in its checkpoints.
 
+As a program, one training: python tests/training/test_resume_tasks.py KIND OUT KEY=VALUE ...
+"""
+
+import csv
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,18 +60,49 @@ def train(kind: str, out: Path, *settings: str, stop_at: int | None = None):
     return run(task, source, config, out, on_log=on_log)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", list(SETTINGS))
-def test_a_task_goes_on_bit_for_bit(name, made, tmp_path, restored_threads):
-    torch.set_num_threads(1)
+def settings_of(name: str, made: Path) -> tuple[str, list[str]]:
+    """Kind and settings of one of SETTINGS."""
     kind, *own = SETTINGS[name]
     settings = [f"data.source={made / ('codes' if name == 'dalle' else 'pictures')}", *SHARED, *own, "loop.log_steps=1"]
     if kind != "vae":
         settings.append(f"tokenizer={made / 'tokenizer.json'}")
     if kind == "dalle":
         settings.append(f"vae={made / 'vae' / 'model'}")
+    return kind, settings
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_a_task_goes_on_bit_for_bit(name, made, tmp_path, restored_threads):
+    torch.set_num_threads(1)
+    kind, settings = settings_of(name, made)
     train(kind, tmp_path / "whole", *settings)
     assert train(kind, tmp_path / "parts", *settings, stop_at=4).step == 5
     torch.rand(3)
     assert train(kind, tmp_path / "parts", *settings).step == 8
     assert_equal_states(tmp_path / "whole", tmp_path / "parts", 8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["vq", "gumbel", "dalle", "end to end", "clip"])
+def test_two_processes_learn_what_one_does(name, made, tmp_path, restored_threads):
+    torch.set_num_threads(1)
+    kind, settings = settings_of(name, made)
+    settings.append("loop.precision=no")
+    if name == "vq":
+        settings.append("loop.micro_batch=null")  # the first codes are placed on what one pass of all processes holds
+    train(kind, tmp_path / "one", *settings)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*launcher, kind, str(tmp_path / "two"), *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = [list(csv.DictReader((tmp_path / out / "log.csv").open())) for out in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        # Of the hard error each process measures some of its own pictures.
+        for figure in one.keys() - {"seconds", "images_per_second", "data_share", "error_hard"}:
+            assert one[figure] == two[figure] or float(two[figure]) == pytest.approx(
+                float(one[figure]), rel=1e-3, abs=1e-6
+            ), (one["step"], figure)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
