@@ -97,9 +97,9 @@ def _dalle(config: DalleConfig) -> tuple[Task, Source]:
         raise ValueError(f"train: model.text_seq_len must be a whole number of at least 1, got {text_seq_len!r}.")
     source = open_source(
         config.data, image_size=vae.image_size, channels=vae.channels, tokenizer=tokenizer, text_seq_len=text_seq_len,
-        need={"text", "pixels" if config.end_to_end else "codes"},
+        need={"text", "pixels" if config.end_to_end else "codes"}, vae=_saved_vae(config.vae),
+        num_tokens=vae.num_tokens, image_seq_len=(vae.image_size // 2**vae.num_layers) ** 2,
     )  # fmt: skip
-    _check_codes(config)
     pool = noise_pool(source, vae, config)
     return DalleTask(config, vae, tokenizer, pool, mean_text_length(source)), source
 
@@ -131,26 +131,16 @@ def read_vae(where: str | None) -> DiscreteVAE:
     return DiscreteVAE.from_pretrained(path)
 
 
+def _saved_vae(where: str | None) -> Path | None:
+    """The saved model whose codes a cache may hold; None of a vae.pt, which has no hash."""
+    path = _model_in(str(where))
+    return path if path.is_dir() else None
+
+
 def _model_in(where: str) -> Path:
     """The saved model itself where OUT of a training is named."""
     inner = Path(where) / "model"
     return inner if inner.is_dir() else Path(where)
-
-
-def _check_codes(config: DalleConfig) -> None:
-    """Refuses codes of another VAE than the one that the model is to have. Raises: ValueError."""
-    from dalle_fast.jobs.job import hash_model
-    from dalle_fast.training.data.codes import MANIFEST, CodesManifest
-
-    folder, vae = Path(config.data.source), _model_in(str(config.vae))
-    if not (folder / MANIFEST).is_file() or not vae.is_dir():
-        return
-    manifest = CodesManifest.read(folder)
-    if manifest.vae_hash != hash_model(vae):
-        raise ValueError(
-            f"train: the codes in {folder} must be of the VAE in {vae}, got those of another, {manifest.vae}. Name "
-            "that one with --vae, or encode the pictures again."
-        )
 
 
 def _with_epochs(config: Config, options: TrainOptions, source: Source) -> Config:

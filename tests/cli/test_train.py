@@ -183,7 +183,7 @@ def test_codes_of_another_vae_are_refused(place, vae, tmp_path):
     DiscreteVAE(**DiscreteVAE.from_pretrained(vae[0] / "model").config).save_pretrained(tmp_path / "other")
     call("encode", place / "pictures", "--vae", tmp_path / "other", "--out", tmp_path / "codes", "--workers", 0)
     call("train", tmp_path / "codes", tmp_path / "a", "--vae", vae[0], "--tokenizer", place / "tokenizer.json",
-         *model(DALLE_SIZES), fails="got those of another")  # fmt: skip
+         *model(DALLE_SIZES), fails="must be of the model's VAE, got those of")  # fmt: skip
 
 
 def test_a_vae_of_the_original_is_read(place, vae, tmp_path):

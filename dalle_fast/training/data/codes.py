@@ -196,7 +196,8 @@ class CodesSamples:
         if vae_hash is not None and vae_hash != made.vae_hash:
             raise ValueError(
                 f"train: the codes in {self.folder} must be of the model's VAE, got those of {made.vae} as it was then "
-                f"(sha256 {made.vae_hash[:12]}, the model's is {vae_hash[:12]}). Encode the pictures with this one."
+                f"(sha256 {made.vae_hash[:12]}, the model's is {vae_hash[:12]}). Name that VAE with --vae, or encode "
+                "again."
             )
 
     def _place(self, index: int) -> tuple[int, int]:
