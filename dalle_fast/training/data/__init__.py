@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dalle_fast.training.data.captions import Captions
 from dalle_fast.training.data.codes import MANIFEST, CodesSamples
@@ -14,45 +13,12 @@ from dalle_fast.training.data.pictures import Pixels
 from dalle_fast.training.data.samples import Samples
 from dalle_fast.training.data.shards import ShardSamples, expand
 from dalle_fast.training.data.source import SampleSource
+from dalle_fast.training.task import Source
 
 if TYPE_CHECKING:
     from dalle_fast.training.config import DataConfig
 
-__all__ = ["Source", "open_samples", "open_source"]
-
-
-class Source(Protocol):
-    """What the training loop asks of data.
-
-    A batch is a dict: "pixels" uint8 [b, C, S, S] or "codes" long [b, image_seq_len], "text" long [b, text_seq_len],
-    "position" long [b] (number among all samples ever trained on), "index" long [b] (in the data), "names" list[str].
-    """
-
-    n: int  # samples of an epoch
-
-    def loader(
-        self,
-        *,
-        rank: int,
-        world: int,
-        batch: int,
-        micro_batch: int,
-        first_step: int,
-        steps: int,
-        seed: int,
-        workers: int,
-        pin_memory: bool,
-    ) -> Iterator[dict[str, Any]]:
-        """This process's micro-batches, steps * (batch // (world * micro_batch)) of them."""
-
-    def held_out(self, batch: int) -> Iterator[dict[str, Any]] | None:
-        """What is kept from training, in a fixed order, nothing drawn; None if nothing is."""
-
-    def skipped(self) -> Counter[str]:
-        """Reason -> how many samples were left out."""
-
-    def report(self, out: Path) -> str:
-        """Before the first step: what the data are, as text; also writes out/data.txt and out/batch.png."""
+__all__ = ["open_samples", "open_source"]
 
 
 def open_source(
