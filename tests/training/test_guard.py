@@ -41,7 +41,7 @@ DALLE += ["optimiser.name=muon", "optimiser.learning_rate=1e-2", "optimiser.beta
 DALLE += ["loop.batch=16", "loop.micro_batch=8", "loop.evaluate_steps=160", "loop.ema_decay=0.95"]
 
 # Seeds 1 to 4 and 7 end in 0.069 .. 0.076, 16.9 .. 17.3, 0.829 .. 0.831, 0.172 .. 0.200, 0.34 .. 0.47. The floor of
-# the text is log(4 * 3) / 3 = 0.828 a token, that of the codes, whose shape lies in one of 9 places, log(9) / 16 = 0.137.
+# the text is log(4 * 3) / 3 = 0.828 a token; of the codes, whose shape lies in one of 9 places, log(9) / 16 = 0.137.
 BANDS = {
     "vae reconstruction": (0.05, 0.1),
     "vae held_out_psnr": (16.0, 19.0),
