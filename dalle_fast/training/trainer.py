@@ -247,7 +247,10 @@ class _Training:
     def _next_batch(self) -> Batch:
         """A micro-batch on the device; the time it takes to come is counted."""
         started = time.perf_counter()
-        batch = next(self.micro_batches)
+        try:
+            batch = next(self.micro_batches)
+        except (ConnectionError, EOFError) as error:  # it died while its tensors were fetched
+            raise RuntimeError(f"{DEAD_WORKER} is gone ({type(error).__name__})") from error
         batch = send_to_device(dict(batch), self.device, non_blocking=True)
         self.waited += time.perf_counter() - started
         self.last_batch = batch

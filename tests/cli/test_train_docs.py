@@ -15,7 +15,8 @@ from dalle_fast.training.config import DalleConfig, VaeConfig, _known_keys, reso
 from dalle_fast.training.config import presets as known_presets
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-ACCELERATE = {"--cpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
+LAUNCHERS = {"--cpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
+LAUNCHERS |= {"--standalone", "--nproc-per-node"}
 DISTRIBUTED = {"--distributed_backend", "--distr_backend", "--deepspeed", "--deepspeed_config", "--local_rank"}
 # Of dalle_pytorch 1.6.6; the deepspeed package adds two of the distributed ones.
 ORIGINAL = {
@@ -77,7 +78,7 @@ def test_settings_of_the_tables_are_accepted():
 def test_every_option_that_is_named_exists():
     commands = ("train-vae", "train", "train-clip", "encode", "tokenizer", "sample")
     page = PAGE.split("### train_vae.py")[0]
-    assert set(re.findall(r"--[a-z][a-z_-]*", page)) - ACCELERATE <= options(*commands)
+    assert set(re.findall(r"--[a-z][a-z_-]*", page)) - LAUNCHERS <= options(*commands)
 
 
 def test_every_key_that_is_named_exists():

@@ -167,6 +167,19 @@ def test_a_worker_that_dies_is_a_sentence(tmp_path):
     assert "Last good checkpoint: " in sentence and "step-0000000" in sentence
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, EOFError])
+def test_a_worker_that_dies_while_it_hands_over_is_a_sentence(tmp_path, error):
+    class Source(ToySource):
+        def loader(self, **arguments):
+            yield from list(super().loader(**arguments))[:2]
+            raise error
+
+    with pytest.raises(
+        RuntimeError, match="the workers that read data must stay alive, got 'DataLoader worker is gone"
+    ):
+        run(ToyTask(), Source(), config_of("loop.save_steps=1"), tmp_path)
+
+
 def test_another_training_or_folder_is_refused(tmp_path):
     run(ToyTask(), ToySource(), config_of(), tmp_path / "out")
     with pytest.raises(ValueError, match=r"must hold this training, got one that differs in loop\.batch, loop\.seed\."):
