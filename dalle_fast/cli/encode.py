@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from dalle_fast.cli.sentences import in_sentences
-
-_MODEL_OF_A_RUN = "model"  # where `dalle-fast train-vae` puts it
+from dalle_fast.cli.trained import model_in
 
 
 @click.command()
@@ -68,7 +67,6 @@ def encode(
 
         from dalle_fast.training.encode import encode as run
 
-        model = vae / _MODEL_OF_A_RUN
         with tqdm(desc="encode", unit="picture") as bar:
 
             def show(done: int, total: int) -> None:
@@ -77,7 +75,7 @@ def encode(
 
             made = run(
                 data,
-                model if model.is_dir() else vae,
+                model_in(vae),
                 out,
                 batch=batch,
                 crops=crops,

@@ -10,6 +10,7 @@ from typing import Any, cast
 import click
 
 from dalle_fast.cli.train_options import DEFAULT_PRESET, TrainOptions
+from dalle_fast.cli.trained import model_in
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.training.config import ClipConfig, DalleConfig, TrainConfig, VaeConfig, resolve
@@ -123,7 +124,7 @@ def read_vae(where: str | None) -> DiscreteVAE:
     """
     if where is None:
         raise ValueError("train: vae must be the directory of a trained VAE, got none. Give --vae, after `train-vae`.")
-    path = _model_in(where)
+    path = model_in(where)
     if path.is_file():
         from dalle_fast.compat.checkpoints import read_upstream_vae
 
@@ -133,14 +134,8 @@ def read_vae(where: str | None) -> DiscreteVAE:
 
 def _saved_vae(where: str | None) -> Path | None:
     """The saved model whose codes a cache may hold; None of a vae.pt, which has no hash."""
-    path = _model_in(str(where))
+    path = model_in(str(where))
     return path if path.is_dir() else None
-
-
-def _model_in(where: str) -> Path:
-    """The saved model itself where OUT of a training is named."""
-    inner = Path(where) / "model"
-    return inner if inner.is_dir() else Path(where)
 
 
 def _with_epochs(config: Config, options: TrainOptions, source: Source) -> Config:

@@ -19,7 +19,7 @@ from dalle_fast.tokenizers.base import BatchTokenizer, checked_text, id_list
 from dalle_fast.tokenizers.merges import N_MERGES, find_clip_merges, read_clip_merges
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_SPECIAL = (_START, _END)
+SPECIAL = (_START, _END)
 _WORD_END = "</w>"
 # The text is in lower case by then. Contractions, runs of letters, single digits, runs of anything else but spaces.
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -33,7 +33,7 @@ class SimpleTokenizer(BatchTokenizer):
     Raises: FileNotFoundError (no merges file), ValueError (not a merges file).
     """
 
-    vocab_size = 2 * 256 + N_MERGES + len(_SPECIAL)  # 49,408: the file has a fixed length
+    vocab_size = 2 * 256 + N_MERGES + len(SPECIAL)  # 49,408: the file has a fixed length
 
     def __init__(self, bpe_path: str | Path | None = None) -> None:
         self._bpe_path = bpe_path
@@ -49,7 +49,7 @@ class SimpleTokenizer(BatchTokenizer):
         merges = read_clip_merges(find_clip_merges() if self._bpe_path is None else self._bpe_path)
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         words = alphabet + [letter + _WORD_END for letter in alphabet] + [left + right for left, right in merges]
-        vocabulary = {word: index for index, word in enumerate([*words, *_SPECIAL])}
+        vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL])}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -66,9 +66,9 @@ class SimpleTokenizer(BatchTokenizer):
         Raises: TypeError (not text).
         """
         ids: list[int] = []
-        for piece, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(_clean(checked_text(text, "encode"))):
-            if piece in _SPECIAL:
-                ids.append(self.vocab_size - len(_SPECIAL) + _SPECIAL.index(piece))
+        for piece, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(clean(checked_text(text, "encode"))):
+            if piece in SPECIAL:
+                ids.append(self.vocab_size - len(SPECIAL) + SPECIAL.index(piece))
             else:
                 ids.extend(token.id for token in self.tokenizer.model.tokenize(piece))
         return ids
@@ -108,6 +108,6 @@ class DefaultTokenizer(SimpleTokenizer):
         """Leaves the building to the first use of `tokenizer`."""
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip().lower()

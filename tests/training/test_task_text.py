@@ -5,7 +5,7 @@ import pytest
 from dalle_fast.tokenizers.chinese import ChineseTokenizer
 from dalle_fast.tokenizers.hug import HugTokenizer
 from dalle_fast.tokenizers.merges import find_clip_merges
-from dalle_fast.training.tasks.text import load_tokenizer, mean_text_length, saved_tokenizer, vocabulary
+from dalle_fast.training.tasks.text import load_tokenizer, mean_text_length, saved_tokenizer, with_vocabulary
 
 CAPTIONS = ["A red apple", "  two  DOGS on a\tskateboard, 3 of 4!", "it's an owl's", "Ünïcode – naïve café", ""]
 
@@ -19,7 +19,7 @@ def test_clips_tokenizer_is_saved_so_that_it_reads_alike(tmp_path):
     saved_tokenizer("clip").save(str(tmp_path / "tokenizer.json"))
     saved = HugTokenizer(tmp_path / "tokenizer.json")
     assert [saved.encode(caption) for caption in CAPTIONS] == [clip.encode(caption) for caption in CAPTIONS]
-    assert vocabulary(saved) == vocabulary(clip) == 49408
+    assert with_vocabulary("train", {}, saved) == with_vocabulary("train", {}, clip) == {"num_text_tokens": 49408}
     assert saved.decode(saved.encode("A red apple")).split() == ["a", "red", "apple"]
 
 

@@ -13,7 +13,7 @@ import random
 from itertools import pairwise
 from typing import Any
 
-from dalle_fast.tokenizers.clip_bpe import _SPECIAL, SimpleTokenizer, _clean
+from dalle_fast.tokenizers.clip_bpe import SPECIAL, SimpleTokenizer, clean
 from dalle_fast.tokenizers.hug import HugTokenizer
 
 
@@ -45,7 +45,7 @@ class BpeDropout:
         draws = random.Random(seed)
         ids: list[int] = []
         for word in self._words(text):
-            if word in _SPECIAL and word in self._ids:
+            if word in SPECIAL and word in self._ids:
                 ids.append(self._ids[word])
             else:
                 ids.extend(self._merged(word, draws))
@@ -54,7 +54,7 @@ class BpeDropout:
     def _words(self, text: str) -> list[str]:
         inner = self.tokenizer.tokenizer
         if isinstance(self.tokenizer, SimpleTokenizer):
-            text = _clean(text)
+            text = clean(text)
         elif inner.normalizer is not None:
             text = inner.normalizer.normalize_str(text)
         return [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]

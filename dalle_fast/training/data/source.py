@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from dalle_fast.training.data.captions import Captions, CaptionTooLong
 from dalle_fast.training.data.pictures import BROKEN, Pixels
 from dalle_fast.training.data.samples import DataError, Samples, Unusable
 from dalle_fast.training.order import Draw, StepOrder, Stream, generator, is_held_out
+from dalle_fast.training.stopping import leave_signals_to_the_trainer
 
 # What a worker has to tell beside the tensors.
 _SKIPPED, _ERROR = "skipped", "error"
@@ -108,7 +108,7 @@ class SampleSource:
             num_workers=workers,
             collate_fn=_same,
             pin_memory=pin_memory,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=leave_signals_to_the_trainer,
             generator=torch.Generator(),  # the default one would go on by a number with each loader
         )
         try:
@@ -215,9 +215,3 @@ class Reads(Dataset[dict[str, Any]]):
 
 def _same(batch: Any) -> Any:
     return batch
-
-
-def _outlive_signals(worker: int) -> None:
-    """A worker leaves with its parent: a signal to all of them must not take the data from the last step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

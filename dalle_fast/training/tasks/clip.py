@@ -23,7 +23,7 @@ from dalle_fast.models.clip import CLIP
 from dalle_fast.tokenizers.base import BatchTokenizer
 from dalle_fast.training.config import ClipConfig
 from dalle_fast.training.tasks.common import build, device_of, images_of, trainable, world_size
-from dalle_fast.training.tasks.text import load_tokenizer, saved_tokenizer, vocabulary
+from dalle_fast.training.tasks.text import load_tokenizer, saved_tokenizer, with_vocabulary
 
 
 def text_mask(text: Tensor) -> Tensor:
@@ -73,13 +73,7 @@ class ClipTask:
             raise ValueError(micro_batch_rule(config, world, micro_batch))
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
-        least = vocabulary(self.tokenizer)
-        arguments = {"num_text_tokens": least, **config.model}
-        if arguments["num_text_tokens"] < least:
-            raise ValueError(
-                f"train-clip: model.num_text_tokens must be at least the {least} entries of the tokenizer, got "
-                f"{arguments['num_text_tokens']}. Leave it out."
-            )
+        arguments = with_vocabulary("train-clip", config.model, self.tokenizer)
         self.module: nn.Module = ClipModule(build("train-clip", CLIP, **arguments), config)
 
     @property

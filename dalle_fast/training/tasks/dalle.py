@@ -34,7 +34,7 @@ from dalle_fast.training.config import DalleConfig
 from dalle_fast.training.task import Source
 from dalle_fast.training.tasks.common import build, device_of, first_position, images_of, seed_of_step, trainable
 from dalle_fast.training.tasks.noise import drawn_in_step
-from dalle_fast.training.tasks.text import load_tokenizer, saved_tokenizer, vocabulary
+from dalle_fast.training.tasks.text import load_tokenizer, saved_tokenizer, with_vocabulary
 
 _SHOWN, _SHOWN_SIDE = 4, 128  # pictures, pixels
 _POOL = 512  # samples that noise takes its codes from
@@ -167,13 +167,7 @@ class DalleTask:
     ) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
-        least = vocabulary(self.tokenizer)
-        arguments = {"num_text_tokens": least, **config.model}
-        if arguments["num_text_tokens"] < least:
-            raise ValueError(
-                f"train: model.num_text_tokens must be at least the {least} entries of the tokenizer, got "
-                f"{arguments['num_text_tokens']}. Leave it out."
-            )
+        arguments = with_vocabulary("train", config.model, self.tokenizer)
         model = build("train", DALLE, vae=vae, **arguments)
         if config.end_to_end:
             if getattr(vae, "quantizer", None) != "gumbel":

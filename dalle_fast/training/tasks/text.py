@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers
@@ -34,9 +36,19 @@ def load_tokenizer(name: str) -> BatchTokenizer:
     return HugTokenizer(name)
 
 
-def vocabulary(tokenizer: BatchTokenizer) -> int:
-    """Entries of a tokenizer."""
-    return int(tokenizer.vocab_size)  # type: ignore[attr-defined]
+def with_vocabulary(op: str, arguments: Mapping[str, Any], tokenizer: BatchTokenizer) -> dict[str, Any]:
+    """The arguments of a model that reads this tokenizer's texts: num_text_tokens is its own where left out.
+
+    Raises: ValueError (a smaller one).
+    """
+    least = int(tokenizer.vocab_size)  # type: ignore[attr-defined]
+    given = arguments.get("num_text_tokens", least)
+    if given < least:
+        raise ValueError(
+            f"{op}: model.num_text_tokens must be at least the {least} entries of the tokenizer, got {given}. Leave it "
+            "out."
+        )
+    return {**arguments, "num_text_tokens": given}
 
 
 def saved_tokenizer(name: str) -> Tokenizer | Path | None:
