@@ -39,7 +39,8 @@ demo: build
 	@$(RUN) -m dalle_fast.cli draw $(if $(PROMPT),"$(PROMPT)")
 
 # A process a core, one thread an op: the tests are many small ones. What depends on threads sets their number itself.
-PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal -q --durations=10
+# The slowest takes a third of the time limit: what hangs fails by its name.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal --timeout 900 -q --durations=10
 test test-long: export OMP_NUM_THREADS ?= 1
 
 test: build

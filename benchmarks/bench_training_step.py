@@ -1,7 +1,8 @@
 """A training step of DALLE, forward and backward without an optimiser, beside a plain transformer and the original.
 
-Cases: d512 (four kinds of layers, 1280 tokens, batch 1) and an odd shape, in float32 and under bfloat16 autocast with
-weights in float32, as trainers run it. The original always runs in float32, as it trains.
+Cases: d512 (four kinds of layers, 1280 tokens, batch 1 and 4) and an odd shape, in float32 and under bfloat16 autocast
+with weights in float32, as trainers run it. The original always runs in float32, as it trains. `ours_checkpointing` and
+`ours_reversible` keep fewer activations and compute them again.
 
 `plain_compiled` is another model of the same size (benchmarks/plain_transformer.py), judged by its own definition
 written a second time; `original` has the weights of ours. Judged are the loss and every gradient, against float64 on
@@ -30,11 +31,14 @@ from dalle_fast import patterns
 from dalle_fast.compat import upstream_names
 from dalle_fast.functional import sparse_attention, vocab_cross_entropy
 from dalle_fast.models import attention, dalle
+from dalle_fast.models.dalle import DALLE
+from dalle_fast.models.dvae import DiscreteVAE
 
 OP, ORACLE, MODE = "training_step", "reference", vocabulary.BOTH
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = (
     *(Case("d512", D512 | {"attn_types": CYCLE}, dtype, mode=MODE) for dtype in (F32, BF16)),
+    Case("d512_b4", D512 | {"attn_types": CYCLE, "batch": 4}, mode=MODE),
     Case("odd", ODD | {"attn_types": CYCLE}, mode=MODE),
     *(Case("toy", TOY | {"attn_types": CYCLE}, dtype, toy=True, mode=MODE) for dtype in (F32, BF16)),
 )
@@ -50,6 +54,7 @@ class Inputs:
         sizes = case.sizes
         given = decoding.Inputs(replace(case, dtype=F32), device)
         self.given, self.model = given, given.model.train()
+        self._case, self._device = case, device
         self.text, self.codes = given.text.expand(sizes["batch"], -1), given.tokens_of_all()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
@@ -59,6 +64,14 @@ class Inputs:
                 n_tokens=self.model.total_tokens,
                 length=self.model.total_seq_len,
             ).to(device)
+
+    @functools.cached_property
+    def reversible(self) -> DALLE:
+        """Our model of the same sizes in reversible blocks: another function of its weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            vae = decoding.vae_of(DiscreteVAE, self._case)
+            return DALLE(vae=vae, reversible=True, **decoding.arguments(self._case)).to(self._device)
 
     def sequence(self) -> tuple[Tensor, Tensor]:
         """What the plain model reads and predicts, [B, N] each: text, then codes behind the text's vocabulary."""
@@ -87,7 +100,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Expected:
-    """Loss and gradients of both models in float64, and how far off each may be, over the largest of it."""
+    """Loss and gradients of the models in float64, and how far off each may be, over the largest of it."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
@@ -96,16 +109,26 @@ class Expected:
     @functools.cached_property
     def of_ours(self) -> tuple[Results, float]:
         """By the oracles of attention and loss."""
+        return self._by_oracles(self._inputs.model)
+
+    @functools.cached_property
+    def of_reversible(self) -> tuple[Results, float]:
+        """By the same oracles."""
+        return self._by_oracles(self._inputs.reversible)
+
+    def _by_oracles(self, judged: DALLE) -> tuple[Results, float]:
         inputs = self._inputs
 
         def run(model: nn.Module, context: Any) -> Results:
+            assert isinstance(model, DALLE)
             with (
                 mock.patch.object(attention, "sparse_attention", functools.partial(sparse_attention, impl=ORACLE)),
                 mock.patch.object(dalle, "vocab_cross_entropy", functools.partial(vocab_cross_entropy, impl=ORACLE)),
             ):
+                model.transformer.checkpointing = True  # in float64, all layers at once would be gigabytes a sample
                 return _gradients(lambda: model(inputs.text, inputs.codes, return_loss=True), _trained(model), context)
 
-        return self._judged(inputs.model, run)
+        return self._judged(judged, run)
 
     @functools.cached_property
     def of_plain(self) -> tuple[Results, float]:
@@ -149,6 +172,10 @@ def _check(case: Case, got: Results, expected: Expected) -> str | None:
     return _complaint(got, expected.of_ours, 1.0)
 
 
+def _check_reversible(case: Case, got: Results, expected: Expected) -> str | None:
+    return _complaint(got, expected.of_reversible, 1.0)
+
+
 def _check_original(case: Case, got: Results, expected: Expected) -> str | None:
     return _complaint(got, expected.of_ours, PEER_SLACK)
 
@@ -170,14 +197,27 @@ def _no_products(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def _prepare_ours(case: Case, inputs: Inputs, device: torch.device) -> Job:
-    model, parameters = inputs.model, _trained(inputs.model)
+def _job_of(model: DALLE, case: Case, inputs: Inputs, device: torch.device, *, checkpointing: bool = False) -> Job:
+    parameters = _trained(model)
 
     def loss() -> Tensor:
+        model.transformer.checkpointing = checkpointing
         found: Tensor = model(inputs.text, inputs.codes, return_loss=True)
         return found
 
     return _job(lambda: _gradients(loss, parameters, _autocast(case, device)))
+
+
+def _prepare_ours(case: Case, inputs: Inputs, device: torch.device) -> Job:
+    return _job_of(inputs.model, case, inputs, device)
+
+
+def _prepare_checkpointing(case: Case, inputs: Inputs, device: torch.device) -> Job:
+    return _job_of(inputs.model, case, inputs, device, checkpointing=True)
+
+
+def _prepare_reversible(case: Case, inputs: Inputs, device: torch.device) -> Job:
+    return _job_of(inputs.reversible, case, inputs, device)
 
 
 def _prepare_plain(case: Case, inputs: Inputs, device: torch.device) -> Job:
@@ -254,6 +294,8 @@ BENCHMARK = Benchmark(
     cases=CASES,
     providers=(
         Provider("ours", _prepare_ours, _no_products),
+        Provider("ours_checkpointing", _prepare_checkpointing, _no_products),
+        Provider("ours_reversible", _prepare_reversible, _no_products, check=_check_reversible),
         Provider("plain_compiled", _prepare_plain, _plain_missing, check=_check_plain),
         Provider("original", _prepare_original, _original_missing, check=_check_original, packages=peers.PACKAGES),
     ),

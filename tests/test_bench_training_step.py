@@ -40,9 +40,20 @@ def test_wrong_losses_and_gradients_are_refused(
     assert "must give" in str(bench_training_step._check(TOY, {"loss": right["loss"]}, expected))
 
 
+OURS = ["ours", "ours_checkpointing", "ours_reversible"]
+
+
+def test_ours_that_keep_fewer_activations_are_right() -> None:
+    jobs, found = verified_jobs(BENCHMARK, TOY, CPU, OURS)
+    assert (list(jobs), found.refused, found.absent) == (OURS, {}, {})
+    loss = {impl: job.result()["loss"] for impl, job in jobs.items()}
+    assert torch.equal(loss["ours"], loss["ours_checkpointing"])
+    assert not torch.equal(loss["ours"], loss["ours_reversible"])
+
+
 def test_ours_under_autocast_is_right(inputs: bench_training_step.Inputs) -> None:
-    jobs, found = verified_jobs(BENCHMARK, TOY_BFLOAT16, CPU, ("ours",))
-    assert (list(jobs), found.refused, found.absent) == (["ours"], {}, {})
+    jobs, found = verified_jobs(BENCHMARK, TOY_BFLOAT16, CPU, OURS)
+    assert (list(jobs), found.refused, found.absent) == (OURS, {}, {})
     in_float32 = bench_training_step._prepare_ours(TOY, inputs, CPU).result()
     assert not torch.equal(jobs["ours"].result()["loss"], in_float32["loss"])
 
