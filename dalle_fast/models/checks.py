@@ -1,20 +1,9 @@
-"""What DALLE refuses before it runs, in words: a VAE that is none, texts and images that do not fit the model."""
+"""What DALLE refuses before it runs, in words: texts and images that do not fit the model."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-_VAE_PROTOCOL = ("image_size", "num_tokens", "num_layers", "channels", "get_codebook_indices", "decode")
-
-
-def check_vae(vae: object) -> None:
-    """Raises TypeError where `vae` lacks something DALLE asks a VAE for."""
-    missing = [name for name in _VAE_PROTOCOL if not hasattr(vae, name)]
-    if missing:
-        raise TypeError(
-            f"DALLE: vae must have {', '.join(_VAE_PROTOCOL)}, got {type(vae).__name__} without {', '.join(missing)}."
-        )
 
 
 def checked_text(text: Tensor, text_seq_len: int, num_text_tokens: int) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dalle_fast.layout import TokenLayout
 from dalle_fast.models.cache import DecodeCache
-from dalle_fast.models.checks import check_image_shape, check_vae, checked_ids, checked_labels, checked_text
+from dalle_fast.models.checks import check_image_shape, checked_ids, checked_labels, checked_text
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.transformer import DivideMax, Transformer
+from dalle_fast.models.vae_protocol import check_vae
 from dalle_fast.ops.vocab_cross_entropy import vocab_cross_entropy
 
 _RELAXED = 0.1  # share of the gradient that reaches the embeddings in `stable` models (PB-relax)

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isqrt
 from typing import cast
 
 import torch
@@ -25,6 +24,7 @@ from dalle_fast import rng
 from dalle_fast.models.alone import each_alone, in_float32, rounded
 from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.models.saving import Pretrained
+from dalle_fast.models.vae_protocol import check_pictures, side_of_codes
 from dalle_fast.ops.codebook_indices import codebook_indices
 from dalle_fast.ops.gumbel_codebook import gumbel_codebook
 
@@ -167,7 +167,7 @@ class DiscreteVAE(Pretrained):
         Args: images [B, c, S, S], not normalised.
         Returns: int64 [B, n], raster order. No layer here depends on the training flag, so it is left alone.
         """
-        self._check_image(images)
+        check_pictures("DiscreteVAE", images, self.channels, self.image_size)
         features = self.encoder[:-1](self.norm(images))
         last = cast(nn.Conv2d, self.encoder[-1])
         if isinstance(self.codebook, VectorQuantiser):
@@ -181,7 +181,7 @@ class DiscreteVAE(Pretrained):
         Returns: [B, c, sqrt(n) 2^L, sqrt(n) 2^L], normalised as the inputs of training were.
         Numerics: on CPUs a picture's bits depend on its codes and the weights alone; 16-bit models compute in float32.
         """
-        side = self._check_codes(img_seq)
+        side = side_of_codes("DiscreteVAE", img_seq, self.num_tokens)
         if img_seq.device.type != "cpu" or torch.compiler.is_compiling() or len(img_seq) == 0:
             return self.decoder(self._embeds(img_seq, side))
         decoder, rows = in_float32(self.decoder), img_seq.split(1)
@@ -226,7 +226,7 @@ class DiscreteVAE(Pretrained):
             of (loss, pictures, statistics).
         Raises: ValueError (wrong size, channels, temperature or noise; what vq does not know).
         """
-        self._check_image(img)
+        check_pictures("DiscreteVAE", img, self.channels, self.image_size)
         if return_statistics and not return_loss:
             raise ValueError("DiscreteVAE: return_statistics must come with return_loss=True, got False. Ask for both.")
         img = self.norm(img)
@@ -287,36 +287,6 @@ class DiscreteVAE(Pretrained):
             with_kl=with_kl,
             gumbel_noise=gumbel_noise,
         )
-
-    def _check_image(self, img: Tensor) -> None:
-        wanted = (self.channels, self.image_size, self.image_size)
-        if img.dim() != 4 or tuple(img.shape[1:]) != wanted:
-            raise ValueError(
-                f"DiscreteVAE: img must be [B, {', '.join(map(str, wanted))}] (channels, then image_size twice), got"
-                f" {list(img.shape)}. Resize or convert the pictures, or build the VAE with their channels and size."
-            )
-        if not img.dtype.is_floating_point:
-            raise TypeError(f"DiscreteVAE: img must be floating, in 0..1, got {img.dtype}. Divide bytes by 255.")
-
-    def _check_codes(self, img_seq: Tensor) -> int:
-        """Side of the square grid of codes."""
-        if img_seq.dtype not in (torch.int32, torch.int64) or img_seq.dim() != 2:
-            raise TypeError(
-                f"DiscreteVAE.decode: img_seq must be int64 [B, n], got {img_seq.dtype} {list(img_seq.shape)}."
-                " Give the ids that get_codebook_indices returns."
-            )
-        n = img_seq.shape[1]
-        side = isqrt(n)
-        if side * side != n or n == 0:
-            raise ValueError(
-                f"DiscreteVAE.decode: n must be a square number, got {n}. Give whole square grids of codes."
-            )
-        if img_seq.numel() and not 0 <= int(img_seq.min()) <= int(img_seq.max()) < self.num_tokens:
-            raise ValueError(
-                f"DiscreteVAE.decode: ids must be in 0..{self.num_tokens - 1}, got"
-                f" {int(img_seq.min())}..{int(img_seq.max())}. Leave out text ids, padding and -1 for unknown."
-            )
-        return side
 
 
 def _encoder(channels: int, hidden: int, n_layers: int, n_blocks: int, width: int) -> nn.Sequential:
