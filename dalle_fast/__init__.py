@@ -14,16 +14,29 @@ if TYPE_CHECKING:
     from dalle_fast.models.clip import CLIP
     from dalle_fast.models.dalle import DALLE
     from dalle_fast.models.dvae import DiscreteVAE
+    from dalle_fast.models.vqgan import VQGanVAE
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["CLIP", "DALLE", "DiscreteVAE", "TokenLayout", "__version__", "compat", "explain", "functional", "patterns"]
+__all__ = [
+    "CLIP",
+    "DALLE",
+    "DiscreteVAE",
+    "TokenLayout",
+    "VQGanVAE",
+    "__version__",
+    "compat",
+    "explain",
+    "functional",
+    "patterns",
+]
 
 _HOMES = {
     "CLIP": "dalle_fast.models.clip",
     "DALLE": "dalle_fast.models.dalle",
     "DiscreteVAE": "dalle_fast.models.dvae",
     "TokenLayout": "dalle_fast.layout",
+    "VQGanVAE": "dalle_fast.models.vqgan",
 }
 _MODULES = ("compat", "functional", "patterns")
 
