@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from dalle_fast import compat, functional, patterns
     from dalle_fast.layout import TokenLayout
     from dalle_fast.models.clip import CLIP
+    from dalle_fast.models.colour_clusters import ColourClusterVAE
     from dalle_fast.models.dalle import DALLE
     from dalle_fast.models.dvae import DiscreteVAE
+    from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE
     from dalle_fast.models.vqgan import VQGanVAE
 
 __version__ = "0.1.0.dev0"
@@ -21,7 +23,9 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CLIP",
     "DALLE",
+    "ColourClusterVAE",
     "DiscreteVAE",
+    "OpenAIDiscreteVAE",
     "TokenLayout",
     "VQGanVAE",
     "__version__",
@@ -33,8 +37,10 @@ __all__ = [
 
 _HOMES = {
     "CLIP": "dalle_fast.models.clip",
+    "ColourClusterVAE": "dalle_fast.models.colour_clusters",
     "DALLE": "dalle_fast.models.dalle",
     "DiscreteVAE": "dalle_fast.models.dvae",
+    "OpenAIDiscreteVAE": "dalle_fast.models.openai_dvae",
     "TokenLayout": "dalle_fast.layout",
     "VQGanVAE": "dalle_fast.models.vqgan",
 }

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dalle_fast.models.saving import PathLike, Pretrained
+
 _NUMBERS = {"image_size": 1, "num_tokens": 1, "num_layers": 0, "channels": 1}  # attribute -> its least value
 _METHODS = ("get_codebook_indices", "decode")
 ATTRIBUTES = (*_NUMBERS, *_METHODS)
@@ -72,6 +74,18 @@ def _advice(vae: object) -> str:
     if isinstance(vae, type):
         return " Pass an instance, not the class."
     return " Of DistributedDataParallel and its like pass the module inside." if hasattr(vae, "module") else ""
+
+
+def saved_vae(
+    path: PathLike, *, op: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Any:
+    """The VAE in a directory that `save_pretrained` wrote, of whichever class; arguments as `from_pretrained`.
+
+    Raises: FileNotFoundError, ValueError, as there; TypeError (the model there is no VAE); `op` begins that sentence.
+    """
+    model = Pretrained.from_pretrained(path, dtype=dtype, device=device)
+    check_vae(model, op)
+    return model
 
 
 def check_pictures(name: str, img: Tensor, channels: int, image_size: int) -> None:
