@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dalle_fast import compat, functional, patterns
+    from dalle_fast import clip, compat, functional, patterns
+    from dalle_fast.clip.model import PretrainedCLIP
     from dalle_fast.layout import TokenLayout
     from dalle_fast.models.clip import CLIP
     from dalle_fast.models.colour_clusters import ColourClusterVAE
@@ -26,9 +27,11 @@ __all__ = [
     "ColourClusterVAE",
     "DiscreteVAE",
     "OpenAIDiscreteVAE",
+    "PretrainedCLIP",
     "TokenLayout",
     "VQGanVAE",
     "__version__",
+    "clip",
     "compat",
     "explain",
     "functional",
@@ -41,10 +44,11 @@ _HOMES = {
     "DALLE": "dalle_fast.models.dalle",
     "DiscreteVAE": "dalle_fast.models.dvae",
     "OpenAIDiscreteVAE": "dalle_fast.models.openai_dvae",
+    "PretrainedCLIP": "dalle_fast.clip.model",
     "TokenLayout": "dalle_fast.layout",
     "VQGanVAE": "dalle_fast.models.vqgan",
 }
-_MODULES = ("compat", "functional", "patterns")
+_MODULES = ("clip", "compat", "functional", "patterns")
 
 
 def explain(op: str, **facts: object) -> str:
