@@ -19,6 +19,8 @@ COMMANDS = {
     "train-vae": ("dalle_fast.cli.train", "train_vae", "Train a discrete VAE on pictures; goes on when killed."),
     "train": ("dalle_fast.cli.train", "train", "Train a DALLE on pictures or codes with captions; the same."),
     "train-clip": ("dalle_fast.cli.train", "train_clip", "Train a CLIP, which ranks what is drawn; the same."),
+    "info": ("dalle_fast.cli.info", "info", "Say what a file of weights is and whether we can run it."),
+    "convert": ("dalle_fast.cli.convert", "convert", "Turn weights of other packages into a saved model."),
     "pack": ("dalle_fast.cli.evaluate", "pack", "Write the demo's trained model as it is shipped."),
     "evaluate": ("dalle_fast.cli.evaluate", "evaluate", "Print the demo's quality figures."),
 }

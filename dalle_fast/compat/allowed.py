@@ -259,7 +259,7 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...], Budget], Any]] = {
 _INERT = frozenset(
     {
         "torch.layout", "torch.memory_format", "torch.serialization._get_layout", "torch.torch_version.TorchVersion",
-        "torch.nn.Parameter", "torch.Tensor", "torch._C._nn.gelu", "torch.Generator",
+        "torch.Tensor",
         "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
         "argparse.Namespace", "typing.Any", "typing.Union", "uuid.UUID", "functools.partial",
         "datetime.datetime", "datetime.timedelta", "datetime.date", "types.SimpleNamespace",

@@ -23,6 +23,7 @@ _MOST_INTEGER = 1 << 10
 _LARGEST_INT_KEY = 1 << 60  # up to here no two integers have one hash
 _MOST_OPCODES = 20_000_000
 _PROTOCOL = 5
+_CONTAINER_BYTES = 260  # of an empty one, and of its note in `nesting.py`
 
 
 class UnsafeFile(ValueError):
@@ -212,15 +213,15 @@ class _Machine:
         if len(items) < n:
             raise IndexError("an empty stack")
         del self.stack[len(self.stack) - n :]
-        self.push(items, 64 + 8 * n)
+        self.push(items, _CONTAINER_BYTES + 8 * n)
 
     def push_marked_tuple(self) -> None:
         items = tuple(self.marked())
-        self.push(items, 64 + 8 * len(items))
+        self.push(items, _CONTAINER_BYTES + 8 * len(items))
 
     def push_marked_list(self) -> None:
         items = self.marked()
-        self.push(items, 64 + 16 * len(items))
+        self.push(items, _CONTAINER_BYTES + 16 * len(items))
 
     def remember(self, key: int) -> None:
         self.budget.spend(0 if key in self.memo else 140)
@@ -253,7 +254,7 @@ class _Machine:
             target[checked_key(key)] = value
 
     def push_dict(self, items: list[Any]) -> None:
-        self.push({}, 64)
+        self.push({}, _CONTAINER_BYTES)
         self.update(items)
 
     def add(self, items: list[Any]) -> None:
@@ -264,7 +265,7 @@ class _Machine:
         target.update(map(checked_key, items))
 
     def push_frozenset(self, items: list[Any]) -> None:
-        self.push(frozenset(map(checked_key, items)), 216 + 100 * len(items))
+        self.push(frozenset(map(checked_key, items)), 2 * _CONTAINER_BYTES + 100 * len(items))
 
     # --------------------------------------------------------------------------------------------- names and objects
 
@@ -278,7 +279,7 @@ class _Machine:
         if not isinstance(what, Reference) or not isinstance(args, tuple):
             raise TypeError(f"a call of a {type(what).__name__}")
         build = self.names.call(what.name)
-        self.push(Node(what.name, args) if build is None else build(args, self.budget), 250)
+        self.push(Node(what.name, args) if build is None else build(args, self.budget), 2 * _CONTAINER_BYTES)
 
     def push_new(self) -> None:
         args = self.stack.pop()
@@ -399,15 +400,15 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     0x86: lambda m: m.push_tuple(2),
     0x87: lambda m: m.push_tuple(3),
     ord("t"): _Machine.push_marked_tuple,
-    ord("]"): lambda m: m.push([], 64),
+    ord("]"): lambda m: m.push([], _CONTAINER_BYTES),
     ord("l"): _Machine.push_marked_list,
     ord("a"): lambda m: m.extend([m.stack.pop()]),
     ord("e"): lambda m: m.extend(m.marked()),
-    ord("}"): lambda m: m.push({}, 64),
+    ord("}"): lambda m: m.push({}, _CONTAINER_BYTES),
     ord("d"): lambda m: m.push_dict(m.marked()),
     ord("s"): lambda m: m.update([m.stack.pop(-2), m.stack.pop()]),
     ord("u"): lambda m: m.update(m.marked()),
-    0x8F: lambda m: m.push(set(), 216),
+    0x8F: lambda m: m.push(set(), 2 * _CONTAINER_BYTES),
     0x90: lambda m: m.add(m.marked()),
     0x91: lambda m: m.push_frozenset(m.marked()),
     # names and objects

@@ -1,0 +1,63 @@
+"""How deep data are nested, and how long they would be written out: a few bytes of a pickle can mean 2 ** 100 values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dalle_fast.compat.unpickling import Damaged, Node
+
+_DEEPEST = 256
+_LONGEST = 4_000_000
+
+
+def check_nesting(root: Any) -> None:
+    """Refuses what a walk or a repr of the data could not come through. What leads back to itself counts once.
+
+    Raises: Damaged.
+    """
+    done: dict[int, tuple[int, int]] = {}
+    entered = {id(root)}
+    frames = [_Frame(root)]
+    while frames:
+        frame = frames[-1]
+        child = next(frame.children, frame)
+        if child is frame:
+            frames.pop()
+            done[id(frame.value)] = frame.depth, frame.size
+            if frames:
+                frames[-1].take(frame.depth, frame.size)
+        elif not isinstance(child, _CONTAINERS):
+            frame.size += 1
+        elif id(child) in done:
+            frame.take(*done[id(child)])
+        elif id(child) not in entered:
+            entered.add(id(child))
+            frames.append(_Frame(child))
+        if len(frames) > _DEEPEST or frame.depth > _DEEPEST or frame.size > _LONGEST:
+            raise Damaged("nests its data deeper, or repeats them more often, than weights need")
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, Node)
+
+
+class _Frame:
+    """A container on the way down: what is still to be seen in it, and what it has come to.
+
+    Attributes: depth: levels in it, with its own.   size: values written out.
+    """
+
+    __slots__ = ("children", "depth", "size", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.depth, self.size = value, 1, 1
+        self.children: Iterator[Any] = iter(())
+        if isinstance(value, Node):
+            self.children = iter((value.args, value.state))
+        elif isinstance(value, dict):
+            self.children = iter(value.values())
+        elif isinstance(value, _CONTAINERS):
+            self.children = iter(value)
+
+    def take(self, depth: int, size: int) -> None:
+        self.depth, self.size = max(self.depth, depth + 1), self.size + size
