@@ -14,13 +14,14 @@ _NEEDED = ("accelerate", "pydantic", "tensorboard")
 
 
 @click.command("train-vae")
-@options("vae", checkpoint="vae.pt")
+@options("vae", arch=True, checkpoint="vae.pt")
 def train_vae(**values: Any) -> None:
     """Train a discrete VAE on the pictures in DATA; OUT/model is the result.
 
     \b
     dalle-fast train-vae pictures/ vae/
     dalle-fast train-vae pictures/ vae/ --preset upstream --epochs 20
+    dalle-fast train-vae pictures/ vae/ --arch openai --micro-batch 8
 
     DATA: a folder of pictures, or shards as "shards/{000..009}.tar". The same command again goes on where it stopped,
     killed or not. Several processes: accelerate launch -m dalle_fast.cli train-vae ...

@@ -12,6 +12,7 @@ import click
 PRESETS = Path(__file__).resolve().parents[1] / "training" / "presets"
 # Option -> the key of the configuration that it sets; everything else is set with --set KEY=VALUE.
 KEYS = {
+    "arch": "arch",
     "steps": "loop.steps",
     "batch": "loop.batch",
     "micro_batch": "loop.micro_batch",
@@ -24,6 +25,7 @@ KEYS = {
     "vae": "vae",
 }
 DEFAULT_PRESET = "small"
+ARCHITECTURES = {"discrete": DEFAULT_PRESET, "openai": "openai"}  # of train-vae -> the preset where none is named
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ def presets(kind: str) -> list[str]:
 
 
 def options(
-    kind: str, *, tokenizer: bool = False, vae: bool = False, checkpoint: str | None = None
+    kind: str, *, tokenizer: bool = False, vae: bool = False, arch: bool = False, checkpoint: str | None = None
 ) -> Callable[..., Any]:
     """A decorator with the arguments and options of a training command.
 
-    Args: checkpoint: the file that --upstream-checkpoint writes, in words.
+    Args: tokenizer, vae, arch: whether it has that option.   checkpoint: the file that --upstream-checkpoint writes,
+        in words.
     """
     count, number = click.IntRange(1), click.FloatRange(min=0, min_open=True)
     found = ", ".join(presets(kind))
@@ -95,6 +98,11 @@ def options(
         click.option("--workers", type=click.IntRange(0), metavar="N", help="Processes that read the data."),
         click.option("--keep", type=count, metavar="N", help="Checkpoints that stay."),
     ]
+    if arch:
+        parameters.append(
+            click.option("--arch", type=click.Choice(list(ARCHITECTURES)),
+                         help="discrete: DiscreteVAE; openai: the paper's VAE and loss (default preset: openai).")
+        )  # fmt: skip
     if vae:
         parameters.append(
             click.option("--vae", metavar="DIR", help="The trained VAE: a saved model, or OUT of train-vae.")

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import click
 
-from dalle_fast.cli.train_options import DEFAULT_PRESET, TrainOptions
+from dalle_fast.cli.train_options import ARCHITECTURES, DEFAULT_PRESET, TrainOptions
 from dalle_fast.cli.trained import model_in
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
+from dalle_fast.models.vae_protocol import saved_vae
 from dalle_fast.training.config import ClipConfig, DalleConfig, TrainConfig, VaeConfig, resolve
 from dalle_fast.training.data import open_source
 from dalle_fast.training.task import Source, Task
@@ -53,7 +54,8 @@ def resolved(options: TrainOptions) -> Config:
     """
     preset, file, begun = options.preset, options.config, options.out / "config.yaml"
     if preset is None and file is None:
-        preset, file = (None, begun) if begun.is_file() else (DEFAULT_PRESET, None)
+        default = ARCHITECTURES[options.named.get("arch") or "discrete"] if options.kind == "vae" else DEFAULT_PRESET
+        preset, file = (None, begun) if begun.is_file() else (default, None)
     overrides = options.overrides
     if options.epochs is not None:
         if options.named.get("steps") is not None:
@@ -117,10 +119,10 @@ def _clip(config: ClipConfig) -> tuple[Task, Source]:
     return task, source
 
 
-def read_vae(where: str | None) -> DiscreteVAE:
+def read_vae(where: str | None) -> Any:
     """A trained VAE: a saved model's directory, OUT of `train-vae`, or a vae.pt of the original.
 
-    Raises: ValueError, FileNotFoundError.
+    Raises: ValueError, FileNotFoundError, TypeError (the model there is no VAE).
     """
     if where is None:
         raise ValueError("train: vae must be the directory of a trained VAE, got none. Give --vae, after `train-vae`.")
@@ -129,7 +131,7 @@ def read_vae(where: str | None) -> DiscreteVAE:
         from dalle_fast.compat.checkpoints import read_upstream_vae
 
         return read_upstream_vae(path)
-    return DiscreteVAE.from_pretrained(path)
+    return saved_vae(path, op="train")
 
 
 def _saved_vae(where: str | None) -> Path | None:

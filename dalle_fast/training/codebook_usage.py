@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 
 from dalle_fast.models.dvae import DiscreteVAE, ForwardStatistics
+from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE
 
 
 class CodebookUsage:
@@ -91,7 +92,7 @@ class TrainingStatistics:
     Raises: TypeError (no such model), ValueError (pictures_per_hard_one below 1).
     """
 
-    def __init__(self, vae: DiscreteVAE, *, pictures_per_hard_one: int = 16) -> None:
+    def __init__(self, vae: DiscreteVAE | OpenAIDiscreteVAE, *, pictures_per_hard_one: int = 16) -> None:
         if not hasattr(vae, "codebook"):
             raise TypeError(
                 f"TrainingStatistics: vae must be a DiscreteVAE, got {type(vae).__name__}."

@@ -166,14 +166,16 @@ AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
 
 
 class VaeConfig(TrainConfig):
-    """Of a DiscreteVAE.
+    """Of a VAE.
 
+    arch: "discrete", a DiscreteVAE; "openai", the paper's: an OpenAIDiscreteVAE, with its logit-Laplace loss.
     temperature: of the gumbel softmax.   kl: weight of the KL term.   entropy_weight: of a bonus on the entropy of the
     mean code usage in a micro-batch.   l1_weight: of the absolute error beside the model's own.   plain_steps: before
     anything is quantised (VQ only).   fold: save a VQ model as a gumbel one of the same codes.
     """
 
     kind: Literal["vae"] = "vae"
+    arch: Literal["discrete", "openai"] = "discrete"
     temperature: Ramp = Ramp(start=1.0, end=1.0, steps=1, shape="constant")
     kl: Ramp = Ramp(start=0.0, end=0.0, steps=1, shape="constant")
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle_fast.jobs.drawing_model import check_device
 from dalle_fast.jobs.job import hash_model
-from dalle_fast.models.dvae import DiscreteVAE
+from dalle_fast.models.vae_protocol import saved_vae
 from dalle_fast.training.data import open_samples
 from dalle_fast.training.data.codes import MANIFEST, CodesManifest, count_samples, shard_paths
 from dalle_fast.training.data.pictures import Pixels
@@ -51,14 +51,15 @@ def encode(
     """Encodes pictures, with or without captions, into a folder of codes; the same call again goes on.
 
     Args:
-        source: a folder of pictures, or shards.   vae: a saved DiscreteVAE's directory.   out: the folder of codes.
+        source: a folder of pictures, or shards.   vae: a saved VAE's directory.   out: the folder of codes.
         batch: pictures encoded together.   shard_size: pictures of a file.
         resize, smallest_crop: as in data/pictures.py ("paper" as for the transformer); crops: how often a picture is
             read, with draws of its own each time; seed: of these draws.
         device, dtype: of the VAE's arithmetic; dtype one of DTYPES.   workers: processes that read.
         on_batch: called with (samples done, samples of all shards).
     Returns: what codes.json says.
-    Raises: FileNotFoundError, ValueError (data, sizes, other settings than the codes there have), OSError (disk).
+    Raises: FileNotFoundError, ValueError (data, sizes, other settings than the codes there have), TypeError (no VAE),
+        OSError (disk).
     """
     if min(batch, crops, shard_size) < 1:
         raise ValueError(
@@ -70,7 +71,7 @@ def encode(
     if samples.has_codes:
         raise ValueError(f"encode: the data must be pictures, got codes in {source}.")
     check_device(device)
-    model = DiscreteVAE.from_pretrained(vae, dtype=DTYPES[dtype], device=device).eval()
+    model = saved_vae(vae, op="encode", dtype=DTYPES[dtype], device=device)
     manifest = CodesManifest(
         source=source,
         vae=str(vae),
@@ -122,7 +123,7 @@ def _start(out: Path, manifest: CodesManifest) -> None:
 
 def _encode_missing(
     samples: Samples,
-    model: DiscreteVAE,
+    model: Any,
     out: Path,
     manifest: CodesManifest,
     *,
@@ -177,7 +178,7 @@ def _draws(manifest: CodesManifest, number: int, batch: int) -> list[list[Draw]]
 
 
 @torch.no_grad()
-def _codes_of(model: DiscreteVAE, pixels: Tensor) -> Tensor:
+def _codes_of(model: Any, pixels: Tensor) -> Tensor:
     """uint8 [b, C, S, S] -> long [b, image_seq_len], on the CPU."""
     weight = next(model.parameters())
     return model.get_codebook_indices(pixels.to(weight.device, weight.dtype) / 255).cpu()

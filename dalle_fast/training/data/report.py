@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dalle_fast.jobs.job import hash_model
-from dalle_fast.models.dvae import DiscreteVAE
+from dalle_fast.models.vae_protocol import saved_vae
 from dalle_fast.sampling.gallery import to_pixels
 from dalle_fast.training.codebook_usage import CodebookUsage
 from dalle_fast.training.data.captions import CaptionTooLong
@@ -166,7 +166,7 @@ def _pixels_of_codes(codes: Tensor, samples: Samples) -> Tensor:
     assert isinstance(samples, CodesSamples)
     made = samples.manifest
     if Path(made.vae).is_dir() and hash_model(Path(made.vae)) == made.vae_hash:
-        vae = DiscreteVAE.from_pretrained(made.vae)
+        vae = saved_vae(made.vae, op="report")
         return to_pixels(vae, vae.decode(codes)).mul(255).round().byte()
     side = round(codes.shape[1] ** 0.5)
     colours = torch.randint(0, 256, (made.num_tokens, 3), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,8 @@
-"""Training a DiscreteVAE, through the gumbel softmax or as a VQ-VAE.
+"""Training a VAE: a DiscreteVAE, through the gumbel softmax or as a VQ-VAE, or the paper's OpenAIDiscreteVAE.
 
     gumbel:  loss = reconstruction + beta(step) KL / (B c S^2) - entropy_weight H(mean code usage) + l1_weight L1
     vq:      loss = reconstruction + commitment_loss_weight commitment + l1_weight L1
+    openai:  as gumbel without L1; its reconstruction loss is -ln of the logit-Laplace density (models/logit_laplace.py)
 
 The KL divergence is summed over positions and the reconstruction a mean over c S^2 numbers, so beta is the paper's:
 6.6 there is 6.6 / 192 of a position's KL at 256x256 and 32x32 codes. It does not grow with the batch.
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast.models.dvae import DiscreteVAE, ForwardStatistics
+from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE
 from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.sampling.gallery import to_pixels
 from dalle_fast.training import schedules
@@ -41,12 +43,15 @@ from dalle_fast.training.tasks.fold import folded
 
 _REVIVE_UNTIL = 0.8  # of the steps: a code that moves late has no time to learn
 _SHOWN = 8
+_OF_DISCRETE_VAE = ("l1_weight", "plain_steps", "fold")  # settings that mean nothing to the paper's model
+
+Vae = DiscreteVAE | OpenAIDiscreteVAE
 
 
 class VaeModule(nn.Module):
     """The loss of a batch. Attributes: model.   statistics: of the codes since the last row of the log."""
 
-    def __init__(self, model: DiscreteVAE, config: VaeConfig) -> None:
+    def __init__(self, model: Vae, config: VaeConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -88,7 +93,7 @@ class VaeModule(nn.Module):
 
     def _vq(self, images: Tensor, step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         model, config = self.model, self.config
-        assert isinstance(model.codebook, VectorQuantiser)
+        assert isinstance(model, DiscreteVAE) and isinstance(model.codebook, VectorQuantiser)
         if step < config.plain_steps:
             target = model.norm(images)
             recons = model.decoder(model.encoder(target))
@@ -120,10 +125,10 @@ class VaeModule(nn.Module):
 
 
 class VaeTask:
-    """A DiscreteVAE in training, for `trainer.run`.
+    """A VAE in training, for `trainer.run`.
 
-    Args: config: its `model` holds the arguments of DiscreteVAE.
-    Raises: ValueError, TypeError (arguments that DiscreteVAE refuses, or that this section leaves to others).
+    Args: config: its `model` holds the arguments of DiscreteVAE, or of OpenAIDiscreteVAE, as `arch` says.
+    Raises: ValueError, TypeError (arguments that the class refuses, or that this section leaves to others).
     """
 
     name = "vae"
@@ -134,14 +139,14 @@ class VaeTask:
                 f"train-vae: model.kl_div_loss_weight must be left out, got {config.model['kl_div_loss_weight']}. "
                 "Give kl.end, which does not grow with the batch."
             )
-        model = build("train-vae", DiscreteVAE, **config.model)
+        model = _openai(config) if config.arch == "openai" else build("train-vae", DiscreteVAE, **config.model)
         if config.fold and model.quantizer != "vq":
             raise ValueError("train-vae: fold must go with model.quantizer='vq', got 'gumbel'. Leave it out.")
         self.config = config
         self.module: nn.Module = VaeModule(model, config)
 
     @property
-    def model(self) -> DiscreteVAE:
+    def model(self) -> Vae:
         """What is trained, or what the loop put in its place."""
         return cast(VaeModule, self.module).model
 
@@ -199,3 +204,14 @@ class VaeTask:
             return to_pixels(model, model.decoder(model.encoder(model.norm(images)))), None
         codes = model.get_codebook_indices(images)
         return to_pixels(model, model.decode(codes)), codes
+
+
+def _openai(config: VaeConfig) -> OpenAIDiscreteVAE:
+    """The paper's model, untrained. Raises: ValueError (a setting or an argument that is not for it)."""
+    for name in _OF_DISCRETE_VAE:
+        if value := getattr(config, name):
+            raise ValueError(
+                f"train-vae: {name} must be left out with arch=openai, got {value}. Start from --preset openai."
+            )
+    model: OpenAIDiscreteVAE = build("train-vae", OpenAIDiscreteVAE, **{**config.model, "from_scratch": True})
+    return model
