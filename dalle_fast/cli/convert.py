@@ -18,7 +18,9 @@ _THERE = click.Path(exists=True, path_type=Path)
 @click.option("--vae", type=_THERE, help="The VAE of a DALLE whose file has none.")
 @click.option("--yaml", type=_THERE, help="The configuration of a VQGAN; default: IN's name with .yaml.")
 @click.option(
-    "--tokenizer", type=_THERE, help="tokenizer.json, CLIP's merges, or a folder with vocab.txt; default: by vocabulary."
+    "--tokenizer",
+    type=_THERE,
+    help="tokenizer.json, CLIP's merges, or a folder with vocab.txt; default: by vocabulary.",
 )
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="What is stored; default: as in IN."
@@ -63,7 +65,7 @@ def _check_out(out: Path, source: Path) -> None:
         raise ValueError(f"convert: OUT_DIR must be another than IN, got {out} for both. Name a new directory.")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(
-            f"convert: OUT_DIR must be new, empty or a saved model, got {out}, which holds something else. Name another."
+            f"convert: OUT_DIR must be new, empty or a saved model, got {out}, which holds other things. Name another."
         )
 
 

@@ -23,7 +23,7 @@ _CANDIDATES = 16
     "directory",
     type=click.Path(path_type=Path),
     default=SHIPPED_MODEL,
-    help="A saved model; default: the shipped one.",
+    help="A saved model, or a DALLE of another package; default: the shipped one.",
 )
 @click.option(
     "--out",

@@ -88,7 +88,7 @@ class ResolvedJob:
                 f"{self._hash}. Name that one with --model."
             )
         stored = self.stored
-        if stored is not None and stored.model_hash == self._hash and Path(stored.model).is_dir():
+        if stored is not None and stored.model_hash == self._hash and Path(stored.model).exists():
             return Path(stored.model)  # the same, whatever it is called from here
         return directory.resolve()
 
@@ -136,7 +136,7 @@ class ResolvedJob:
     def _rank(self) -> str | None:
         rank = self._value("rank")
         if rank is not None:
-            return str(Path(rank).resolve()) if Path(rank).is_dir() else rank
+            return str(Path(rank).resolve()) if Path(rank).exists() else rank
         if self._value("keep") is None:
             return None
         own = self._directory / "clip"

@@ -21,7 +21,7 @@ ENGINES = ("auto", "cpu", "eager")
 _CARRIED = "refused: a saved model carries its tokenizer and its VAE"
 # Flag of the original's generate.py -> what it means here.
 ORIGINAL_FLAGS = {
-    "--dalle_path": "--model, a saved model's directory",
+    "--dalle_path": "--model, such a file or a saved model's directory",
     "--text": "prompts, separated by |",
     "--num_images": "--images-per-prompt",
     "--batch_size": "--batch-size",
@@ -215,8 +215,8 @@ PARAMETERS: list[click.Parameter] = [
             callback=lambda ctx, param, value: read_config(ctx, value),
             help="YAML with names of options (underscores) and values, such as the config.yaml of a job; "
                  "the command line wins."),
-    _Option("--model", "--dalle_path", group=_MODEL, type=click.Path(path_type=Path), metavar="DIR",
-            help="A saved model; default: the shipped one."),
+    _Option("--model", "--dalle_path", group=_MODEL, type=click.Path(path_type=Path), metavar="DIR|FILE",
+            help="A saved model, or a DALLE of another package; default: the shipped one."),
     _Option("--device", group=_MODEL, metavar="NAME", default="cpu", show_default=True,
             help="Torch's name of one, such as cuda."),
     _Option("--dtype", group=_MODEL, type=click.Choice(DTYPES), default="float32", show_default=True,
@@ -234,7 +234,8 @@ PARAMETERS: list[click.Parameter] = [
     _Option("--inpaint", group=_DRAWING, type=_FILE, metavar="IMAGE", help="Keep it where the mask is black."),
     _Option("--mask", group=_DRAWING, type=_FILE, metavar="IMAGE", help="White where to draw anew, of the same size."),
     _Option("--rank", group=_BEST, metavar="CLIP|MODULE:FUNCTION",
-            help="What scores pictures: a saved CLIP's directory, or a function (prompts, images in 0..1) -> scores."),
+            help="What scores pictures: a CLIP's directory or file (OpenAI's, open_clip's, Hugging Face's), or a "
+                 "function (prompts, images in 0..1) -> scores."),
     _Option("--keep", group=_BEST, type=_N, metavar="N",
             help="Keep the best N pictures a prompt; codes and scores of all of them stay. "
                  "Without --rank the model's own CLIP ranks."),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_fast.compat.unpickling import MOST_TEXT, Budget, Damaged, Names, Node, Reference, Refused, checked_key
+from dalle_fast.compat.nodes import MOST_TEXT, Budget, Damaged, Names, Node, Reference, Refused
+from dalle_fast.compat.unpickling import checked_key
 
 _MOST_DIMENSIONS = 16
 _TENSOR_BYTES = 1200  # of an object, its storage apart

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_fast.compat.unpickling import Budget, Damaged
+from dalle_fast.compat.nodes import Budget, Damaged
 
 _END, _END64, _LOCATOR64, _ENTRY, _LOCAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2", b"PK\3\4"
 _MOST_COMMENT = 1 << 16

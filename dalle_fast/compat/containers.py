@@ -26,7 +26,8 @@ from torch import Tensor
 from dalle_fast.compat.allowed import NAMES, Storage, StorageType
 from dalle_fast.compat.archives import Record, inflated, records_of
 from dalle_fast.compat.nesting import check_nesting
-from dalle_fast.compat.unpickling import Budget, Damaged, Reference, Refused, UnreadableFile, UnsafeFile, unpickle
+from dalle_fast.compat.nodes import Budget, Damaged, Reference, Refused, UnreadableFile, UnsafeFile
+from dalle_fast.compat.unpickling import unpickle
 
 _MOST_OBJECTS = 112 << 20  # bytes of what is not in storages
 _MOST_COPIED = 64 << 20  # more than the file's own bytes
@@ -38,8 +39,7 @@ _OTHERS = (
     (rb"version https://git-lfs", "a pointer of git-lfs in its place. Run `git lfs pull` where it came from."),
     (rb"(?i)\s*<(!doctype|html)", "a web page. Download the file itself."),
     (rb"\x1f\x8b", "a gzip archive. Unpack it and name the file of weights in it."),
-    (rb".{257}ustar", "a tar archive: unpack it and name a file in it, or, if torch before 0.1.10 wrote it, save it again "
-     "with a torch of that time."),
+    (rb".{257}ustar", "a tar archive. Unpack it and name a file in it; if torch 0.1 wrote it, save it again."),
     (rb"\x89HDF", "an HDF5 file, of Keras maybe. It holds no model that we know."),
     (rb"GGUF", "a GGUF file. It holds no model that we know."),
     (rb"\x80[\x00-\x05]", "a pickle that torch did not save. Save the state dict with torch.save or as safetensors."),
@@ -57,8 +57,8 @@ def open_file(path: Path) -> tuple[str, Any]:
         check_nesting(data)
     except Refused as error:
         raise UnsafeFile(
-            f"read: {path} must hold weights alone, got a file that asks for {_shown(error)}. Nothing of it was run. If "
-            "you trust who made it, have them save its state dict."
+            f"read: {path} must hold weights alone, got a file that asks for {_shown(error)}. Nothing of it was run. "
+            "If you trust who made it, have them save its state dict."
         ) from None
     except Damaged as error:
         raise UnreadableFile(
@@ -134,8 +134,8 @@ class _Zip(_Bytes):
         if len(roots) != 1:
             names = ", ".join(sorted(self.records)[:4]) or "nothing"
             raise UnreadableFile(
-                f"read: {path} must be an archive of torch.save, got a zip file of other things ({names[:200]}). Unpack "
-                "it and name the file of weights in it."
+                f"read: {path} must be an archive of torch.save, got a zip file of other things ({names[:200]}). "
+                "Unpack it and name the file of weights in it."
             )
         self.root = roots[0]
         order = self.records.get(f"{self.root}byteorder")
@@ -194,7 +194,9 @@ class _Legacy(_Bytes):
         storages = {}
         for key in keys:
             dtype, n = sizes[key]
-            if int.from_bytes(self.buffer[end : end + 8], "little") != n or end + 8 + n * dtype.itemsize > len(self.buffer):
+            if int.from_bytes(self.buffer[end : end + 8], "little") != n or end + 8 + n * dtype.itemsize > len(
+                self.buffer
+            ):
                 raise Damaged(f"ends before its storage {key[:40]!r}, or has one of another size")
             storages[key] = self.tensor(end + 8, n * dtype.itemsize, dtype, swapped=sys.byteorder == "big")
             end += 8 + n * dtype.itemsize
@@ -204,9 +206,7 @@ class _Legacy(_Bytes):
     def unpickled(self, position: int, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
         # The data are read twice, and exist once at a time.
         budget = Budget(self.budget.left)
-        return unpickle(
-            self.buffer, position, len(self.buffer), names=NAMES, persistent=persistent, budget=budget
-        )
+        return unpickle(self.buffer, position, len(self.buffer), names=NAMES, persistent=persistent, budget=budget)
 
     def note_sizes(self, sizes: dict[str, tuple[torch.dtype, int]]) -> Callable[[Any], Any]:
         """Storages without bytes, whose sizes are written down."""

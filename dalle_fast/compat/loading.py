@@ -47,8 +47,8 @@ def load(path: str | Path, companions: Companions | None = None) -> Loaded:
 
     Where a companion is not named, `tokenizer.json` and, for "x.ckpt", "x.yaml" in the same folder are taken.
 
-    Raises: FileNotFoundError (path, a companion), ValueError (unsafe, unreadable, unknown, a model that we cannot run, a
-        companion of another model), NotImplementedError.
+    Raises: FileNotFoundError (path, a companion), ValueError (unsafe, unreadable, unknown, a model that we cannot run,
+        a companion of another model), NotImplementedError.
     """
     stored = read(path)
     known = recognise(stored)
@@ -64,7 +64,9 @@ def load(path: str | Path, companions: Companions | None = None) -> Loaded:
 def _runnable(known: Format, stored: Stored) -> Description:
     description = known.describe(stored)
     if description.problem:
-        raise ValueError(f"load: {stored.path} must be a model that we can run, got a {known.name}: {description.problem}")
+        raise ValueError(
+            f"load: {stored.path} must be a model that we can run, got a {known.name}: {description.problem}"
+        )
     return description
 
 
@@ -106,7 +108,7 @@ def _tokenizer_of(model: Any, named: Path | None) -> tuple[Any, str]:
         return None, str(error)
     return None, (
         f"load: a model of {size} text tokens needs the tokenizer it was trained with, got none. It is the file that "
-        "was given to its training as --bpe_path; name it with --tokenizer, or put it beside the model as tokenizer.json."
+        "was given to its training as --bpe_path; name it with --tokenizer, or put it beside the model, tokenizer.json."
     )
 
 

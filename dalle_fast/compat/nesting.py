@@ -1,11 +1,11 @@
-"""How deep data are nested, and how long they would be written out: a few bytes of a pickle can mean 2 ** 100 values."""
+"""How deep data are nested, and how long written out: a few bytes of a pickle can mean 2 ** 100 values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from dalle_fast.compat.unpickling import Damaged, Node
+from dalle_fast.compat.nodes import Damaged, Node
 
 _DEEPEST = 256
 _LONGEST = 4_000_000

@@ -4,8 +4,9 @@
 checkpoints, and safetensors; a directory is only named, its format looks into it. Objects of unknown make come as
 `Node`s: a name and what was stored. A file that names what no file of weights needs (`os.system`) is refused.
 
-Memory: tensors are views of the mapped file where alignment, byte order and compression allow, and are copied once where
-not; everything else is counted while it is built and refused beyond a bound (docs/decisions/0006-one-own-reader.md).
+Memory: tensors are views of the mapped file where alignment, byte order and compression allow, and are copied once
+where not; everything else is counted while it is built, and refused beyond a bound
+(docs/decisions/0006-one-own-reader.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle_fast.compat.unpickling import Node, Reference, UnreadableFile, UnsafeFile
+from dalle_fast.compat.nodes import Node, Reference, UnreadableFile, UnsafeFile
 
 __all__ = ["Node", "Reference", "Stored", "UnreadableFile", "UnsafeFile", "read", "state_dict_of"]
 
@@ -61,7 +62,7 @@ def state_dict_of(data: Any) -> dict[str, Tensor]:
     """Name -> tensor of a flat dict of tensors, or of a module that was saved whole.
 
     A module is a `Node` whose state has `_parameters`, `_buffers` and `_modules`; one of TorchScript has its tensors
-    and submodules as attributes. What is neither tensor nor module is left out; non-persistent buffers stay.
+    and submodules as attributes. What is neither tensor nor module is left out, as are non-persistent buffers.
 
     Raises: ValueError (neither of them).
     """
@@ -91,6 +92,9 @@ def _tensors_of(root: Node) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    groups = [state[group] for group in ("_parameters", "_buffers", "_modules") if isinstance(state.get(group), Mapping)]
-    for group in groups or [state]:
-        yield from ((name, value) for name, value in group.items() if isinstance(name, str))
+    groups = [state.get(group) for group in ("_parameters", "_buffers", "_modules")]
+    found = [group for group in groups if isinstance(group, Mapping)]
+    unsaved = state.get("_non_persistent_buffers_set")
+    left_out = unsaved if isinstance(unsaved, set) else set()
+    for group in found or [state]:
+        yield from ((name, value) for name, value in group.items() if isinstance(name, str) and name not in left_out)

@@ -14,83 +14,16 @@ import codecs
 import mmap
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-MOST_TEXT = 1 << 24  # of one string or bytes: a file of weights has its numbers in storages
+from dalle_fast.compat.nodes import MOST_TEXT, Budget, Damaged, Names, Node, Reference
+
 _MOST_LINE = 1 << 16
 _MOST_INTEGER = 1 << 10
 _LARGEST_INT_KEY = 1 << 60  # up to here no two integers have one hash
 _MOST_OPCODES = 20_000_000
 _PROTOCOL = 5
 _CONTAINER_BYTES = 260  # of an empty one, and of its note in `nesting.py`
-
-
-class UnsafeFile(ValueError):
-    """A file names something that no file of weights needs; it was not run."""
-
-
-class UnreadableFile(ValueError):
-    """A file is of another kind, damaged, or would be more than its bytes should be."""
-
-
-class Damaged(Exception):
-    """Why a pickle cannot be read: what follows "got one that"."""
-
-
-class Refused(Exception):
-    """The name of what a pickle asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """A class or function that is only named."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Node:
-    """An object of a class that we do not build: no behaviour.
-
-    Attributes:
-        name: of its class: "dall_e.encoder.Encoder", "__torch__.clip.model.CLIP".
-        args: that it was made with.
-        state: its attributes, mostly a dict; of a kind of dict or list, its items.
-    """
-
-    name: str
-    args: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __repr__(self) -> str:
-        return f"Node({self.name!r})"  # its state may be large, and lead back here
-
-
-class Budget:
-    """Bytes that objects may take, estimated from above."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.left = n_bytes
-
-    def spend(self, n_bytes: int) -> None:
-        """Raises: Damaged (all is spent)."""
-        self.left -= n_bytes
-        if self.left < 0:
-            raise Damaged("builds far more objects than weights need")
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a pickle may name.
-
-    Attributes:
-        find: a name -> a value, or a `Reference` to what is called or stays a name. Raises Refused.
-        call: of a reference with arguments; None: it makes a `Node`.
-    """
-
-    find: Callable[[str], Any]
-    call: Callable[[str], Callable[[tuple[Any, ...], Budget], Any] | None]
 
 
 def unpickle(
@@ -113,7 +46,9 @@ def unpickle(
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, struct.error) as error:
         # An opcode that finds on the stack what it cannot take; RuntimeError: of torch, for a tensor.
         reason = str(error).partition("\n")[0]
-        raise Damaged(f"breaks off at byte {machine.position} of its pickle ({type(error).__name__}: {reason})") from None
+        raise Damaged(
+            f"breaks off at byte {machine.position} of its pickle ({type(error).__name__}: {reason})"
+        ) from None
 
 
 class _Machine:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dalle_fast.jobs.job import DTYPES
 from dalle_fast.jobs.prompts import KnownCaptions
 from dalle_fast.models.dalle import DALLE
+from dalle_fast.models.saving import CONFIG
 from dalle_fast.tokenizers.hug import HugTokenizer
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"
@@ -81,13 +82,14 @@ class DrawingModel:
 
     Attributes:
         dalle: in evaluation mode; its VAE is float32 whatever the dtype.
+        tokenizer: with `encode` and `tokenize`, as those of `dalle_fast.tokenizers`.
         captions: that it was trained on; None where nobody wrote them down.   examples: prompts that show it.
         settings: that its makers recommend.
         dtype: of the transformer, one of `job.DTYPES`.
     """
 
     dalle: DALLE
-    tokenizer: HugTokenizer
+    tokenizer: Any
     captions: KnownCaptions | None
     examples: list[str]
     settings: SamplingSettings
@@ -95,9 +97,9 @@ class DrawingModel:
 
     @classmethod
     def read(cls, directory: Path, *, dtype: str = "float32", device: str = "cpu") -> DrawingModel:
-        """From a directory of `save_pretrained` with tokenizer.json.
+        """From a directory of `save_pretrained` with tokenizer.json, or a file of weights (docs/old-weights.md).
 
-        Where there are, it also reads captions.txt, examples.txt and sampling.json.
+        Where there are, it also reads captions.txt, examples.txt and sampling.json of the directory.
 
         Args:
             dtype: of the transformer; int8: bfloat16, its matrices held in 8 bits while it draws.
@@ -113,11 +115,10 @@ class DrawingModel:
         if dtype not in DTYPES:
             raise ValueError(f"model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         check_device(device)
-        dalle = DALLE.from_pretrained(directory, device=device)
+        dalle, tokenizer = _model_and_tokenizer(directory, device)
         vae, dalle.vae = dalle.vae, None
         dalle.to(torch.bfloat16 if dtype == "int8" else getattr(torch, dtype))
         dalle.vae = vae
-        tokenizer = HugTokenizer(directory / "tokenizer.json")
         captions, examples, sampling = (directory / name for name in ("captions.txt", "examples.txt", "sampling.json"))
         return cls(
             dalle,
@@ -161,8 +162,26 @@ class DrawingModel:
                     f"sample: prompt {number} must have at most {most} tokens, got {len(ids)} in {_shown(prompt)}. "
                     "Shorten it, or let --truncate cut it."
                 )
-            row[: len(ids)] = torch.tensor(ids[:most], dtype=torch.long)
+            row[: len(ids)] = torch.as_tensor(ids[:most], dtype=torch.long)
         return rows
+
+
+def _model_and_tokenizer(path: Path, device: str) -> tuple[DALLE, Any]:
+    """In float32, whatever is stored."""
+    if (path / CONFIG).is_file() or not path.exists():
+        dalle = DALLE.from_pretrained(path, device=device)
+        return dalle, HugTokenizer(path / "tokenizer.json")
+    from dalle_fast.compat.loading import load  # at call time: it knows all layouts, a saved model needs none of them
+
+    loaded = load(path)
+    if not isinstance(loaded.model, DALLE):
+        raise ValueError(
+            f"model: {path} must hold a DALLE, got a {loaded.description.kind} ({loaded.description.format}). A DALLE "
+            "draws; name its file."
+        )
+    if loaded.tokenizer is None:
+        raise ValueError(loaded.problem)
+    return loaded.model.to(device=device, dtype=torch.float32), loaded.tokenizer
 
 
 def check_device(device: str) -> None:

@@ -70,13 +70,13 @@ class JobConfig:
 
     Args:
         prompts: at least one.   images_per_prompt, seed: 64 bits.   batch_size: samples of a chunk.
-        model: directory of a saved model.   model_hash: `hash_model` of it.
+        model: directory of a saved model, or a file of weights.   model_hash: `hash_model` of it.
         device: torch's name.   dtype: of the transformer, one of DTYPES; int8: bfloat16 with weights of 8 bits.
         engine: "cpu" or "eager".
         temperature, top_k, top_p, filter_thres, cond_scale: as in `DALLE.generate_images`.
         truncate: cut prompts that are too long for the model.
         known_hash: `hash_codes` of the codes that are given, not drawn; None: all are drawn.
-        rank: what scores pictures: a saved CLIP's directory, or "module:function".
+        rank: what scores pictures: a CLIP's directory or file, or "module:function".
         keep: how many pictures a prompt, the best; None: all.
     Raises: ValueError (a value out of its range).
     """
@@ -219,18 +219,22 @@ def read_mapping(text: str, where: object) -> dict[str, Any]:
     return stored
 
 
-def hash_model(directory: Path) -> str:
-    """sha256 of what decides what a saved model draws: its files, their names, those of its VAE; no card, no CLIP.
+def hash_model(path: Path) -> str:
+    """sha256 of what decides what a model draws: its files, their names, those of its VAE; no card, no CLIP.
 
-    Raises: FileNotFoundError (no such directory).
+    Of a file of weights: the file, without its name, and a tokenizer.json beside it.
+
+    Raises: FileNotFoundError (nothing there).
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"sample: the model must be a saved model's directory, found none at {directory}.")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"sample: the model must be a saved model's directory or a file of weights, found none at {path}."
+        )
     digest = hashlib.sha256()
-    for path in sorted(_model_files(directory)):
-        digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(_READ_AT_ONCE):
+    for name, file in sorted(_model_files(path)):
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(_READ_AT_ONCE):
                 digest.update(block)
     return digest.hexdigest()
 
@@ -240,12 +244,19 @@ def hash_codes(codes: Tensor) -> str:
     return hashlib.sha256(",".join(map(str, codes.tolist())).encode()).hexdigest()
 
 
-def _model_files(directory: Path) -> Iterator[Path]:
-    for folder in (directory, directory / "vae"):
-        if folder.is_dir():
+def _model_files(path: Path) -> Iterator[tuple[str, Path]]:
+    """Name in the digest, and file."""
+    if path.is_file():
+        yield "", path
+        if (beside := path.parent / "tokenizer.json").is_file():
+            yield beside.name, beside
+    elif not (path / "config.json").is_file():  # of another package
+        yield from ((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    else:
+        for folder in ("", "vae/"):
             for name in ("config.json", "model.safetensors", "tokenizer.json"):
-                if (folder / name).is_file():
-                    yield folder / name
+                if (file := path / f"{folder}{name}").is_file():
+                    yield f"{folder}{name}", file
 
 
 def _checked(value: Any, hint: Any, key: str, where: object) -> Any:

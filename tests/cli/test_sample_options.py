@@ -104,7 +104,7 @@ class TestBadInput:
             (["red", "--prime", "image.png", "--prime-rows", 8], "prime_rows must be in 1..7"),
             (["red", "--prime", "image.png", "--inpaint", "image.png", "--mask", "image.png"], "do not go together"),
             (["red", "--rank", "no.such:function"], "rank must name a module that Python can import"),
-            (["red", "--rank", "nothing"], "rank must be a saved CLIP's directory or module:function"),
+            (["red", "--rank", "nothing"], "rank must be a CLIP's directory or file, or module:function"),
             (["red", "--max-memory", "1MiB"], "max_memory must be at least"),
             (["red", "--max-memory", "4 elephants"], "Write it like 4GiB, 512MB"),
             (["red", "--shard", "2/2"], "Write I/N with I in 0 .. N - 1"),
@@ -129,7 +129,11 @@ class TestBadInput:
         assert len(manifest(tmp_path / "out")) == 4
 
     def test_models_and_folders_that_are_none(self, draw, tmp_path):
-        draw("red", model=tmp_path / "missing", fails="the model must be a saved model's directory, found none")
+        draw(
+            "red",
+            model=tmp_path / "missing",
+            fails="the model must be a saved model's directory or a file of weights, found none",
+        )
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("")
         draw("red", fails="must be new, empty or the folder of a job, got one that holds 'thesis.tex'")

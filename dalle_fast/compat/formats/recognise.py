@@ -33,7 +33,7 @@ def recognise(stored: Stored) -> Format:
 
 
 def keys_of(data: Any) -> list[str]:
-    """Names of the tensors in a file, of the one state dict where there are several dicts; its other keys where none."""
+    """Names of the tensors in a file, of the state dict where there are several dicts; its other keys where none."""
     tensors = list(_state_dict(data))
     if tensors or not isinstance(data, Mapping):
         return tensors
@@ -74,8 +74,8 @@ def _told(stored: Stored) -> str:
     if stored.container == "directory":
         names = sorted(entry.name for entry in stored.path.iterdir())
         return (
-            f"read: {stored.path} must be a directory of weights that we know, got one with {some(names)}. Name the file "
-            "of weights in it."
+            f"read: {stored.path} must be a directory of weights that we know, got one with {some(names)}. Name the "
+            "file of weights in it."
         )
     keys = keys_of(stored.data)
     if not keys:
@@ -89,5 +89,9 @@ def _told(stored: Stored) -> str:
     elif unmatched:
         begun = f"the nearest layout is {known.name}, which has no {some(unmatched)}"
     else:
-        begun = f"the nearest layout is {known.name}; all {len(keys)} keys are of it, and others or their shapes are not"
-    return f"read: {stored.path} must be of a layout that we know, got another: {begun}. docs/old-weights.md lists them."
+        begun = (
+            f"the nearest layout is {known.name}; all {len(keys)} keys are of it, and others or their shapes are not"
+        )
+    return (
+        f"read: {stored.path} must be of a layout that we know, got another: {begun}. docs/old-weights.md lists them."
+    )
