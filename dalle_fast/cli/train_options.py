@@ -105,7 +105,7 @@ def options(
         )  # fmt: skip
     if vae:
         parameters.append(
-            click.option("--vae", metavar="DIR", help="The trained VAE: a saved model, or OUT of train-vae.")
+            click.option("--vae", metavar="DIR|FILE", help="A saved VAE, OUT of train-vae, or another package's weights.")
         )
     if tokenizer:
         parameters.append(

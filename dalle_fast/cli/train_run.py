@@ -13,7 +13,7 @@ from dalle_fast.cli.train_options import ARCHITECTURES, DEFAULT_PRESET, TrainOpt
 from dalle_fast.cli.trained import model_in
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
-from dalle_fast.models.vae_protocol import saved_vae
+from dalle_fast.models.vae_protocol import check_vae, saved_vae
 from dalle_fast.training.config import ClipConfig, DalleConfig, TrainConfig, VaeConfig, resolve
 from dalle_fast.training.data import open_source
 from dalle_fast.training.task import Source, Task
@@ -120,22 +120,24 @@ def _clip(config: ClipConfig) -> tuple[Task, Source]:
 
 
 def read_vae(where: str | None) -> Any:
-    """A trained VAE: a saved model's directory, OUT of `train-vae`, or a vae.pt of the original.
+    """A trained VAE: a saved model's directory, OUT of `train-vae`, or weights of another package, in float32.
 
     Raises: ValueError, FileNotFoundError, TypeError (the model there is no VAE).
     """
     if where is None:
         raise ValueError("train: vae must be the directory of a trained VAE, got none. Give --vae, after `train-vae`.")
     path = model_in(where)
-    if path.is_file():
-        from dalle_fast.compat.checkpoints import read_upstream_vae
+    if (path / "config.json").is_file() or not path.exists():
+        return saved_vae(path, op="train")
+    from dalle_fast.compat.loading import load  # at call time: it knows all layouts, a saved model needs none of them
 
-        return read_upstream_vae(path)
-    return saved_vae(path, op="train")
+    vae = load(path).model
+    check_vae(vae, "train")
+    return vae.float()
 
 
 def _saved_vae(where: str | None) -> Path | None:
-    """The saved model whose codes a cache may hold; None of a vae.pt, which has no hash."""
+    """The saved model whose codes a cache may hold; None of a file."""
     path = model_in(str(where))
     return path if path.is_dir() else None
 

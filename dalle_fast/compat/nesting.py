@@ -8,7 +8,7 @@ from typing import Any
 from dalle_fast.compat.nodes import Damaged, Node
 
 _DEEPEST = 256
-_LONGEST = 4_000_000
+_LONGEST = 1_000_000
 
 
 def check_nesting(root: Any) -> None:

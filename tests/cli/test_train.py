@@ -158,12 +158,12 @@ def test_wrong_data_and_models_are_a_sentence(place, vae, tmp_path):
         *words,
         fails="vae must be the directory of a trained VAE, got none",
     )
-    call("train", place / "pictures", tmp_path / "a", *words, "--vae", tmp_path, fails="must hold config.json")
+    call("train", place / "pictures", tmp_path / "a", *words, "--vae", tmp_path, fails="must be a directory of weights that we know")
     call("train", place / "pictures", tmp_path / "a", *words, "--vae", vae[0], "--set", "model.text_seq_len=x",
          fails="text_seq_len must be a whole number of at least 1, got 'x'")  # fmt: skip
     call("train", place / "pictures", tmp_path / "a", "--vae", vae[0], "--tokenizer", "no.json", fails="no.json")
     call("train", place / "pictures", tmp_path / "a", *words, "--vae", place / "tokenizer.json",
-         fails="must be a vae.pt of the original's")  # fmt: skip
+         fails="must be a file of weights, got something else")  # fmt: skip
     call("train-clip", place / "pictures", tmp_path / "a", *words, "--batch", 4, "--micro-batch", 2, *model(CLIP_SIZES),
          fails="Accumulation cannot enlarge a contrastive batch")  # fmt: skip
 

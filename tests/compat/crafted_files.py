@@ -1,4 +1,4 @@
-"""Files of weights for tests, good ones and crafted ones: archives of any records, legacy streams, pickles of opcodes."""
+"""Files of weights for tests, good and crafted: archives of any records, legacy streams, pickles of opcodes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""`dalle-fast info`: what it says of every container, and the one sentence that ends it where it cannot say."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from click.testing import CliRunner
+from crafted_files import Calling, saved, scripted, write
+from golden_cases import FOLDER
+from safetensors.torch import save_file
+
+from dalle_fast.cli.__main__ import main
+from dalle_fast.models.dvae import DiscreteVAE
+
+SIZES = {"image_size": 16, "num_tokens": 12, "codebook_dim": 6, "num_layers": 2, "hidden_dim": 4}
+
+
+def info(*arguments, code=0) -> str:
+    done = CliRunner().invoke(main, ["info", *map(str, arguments)])
+    assert done.exit_code == code, done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done.output
+
+
+def test_a_dalle_of_the_original():
+    told = info(FOLDER / "checkpoint_dalle.pt")
+    assert "layout     dalle_pytorch DALLE" in told and "runs       yes" in told and "model      DALLE" in told
+    facts = json.loads(info(FOLDER / "checkpoint_dalle.pt", "--json"))
+    theirs = torch.load(FOLDER / "checkpoint_dalle.pt", weights_only=True)
+    assert facts["kind"] == "DALLE" and facts["runs"] is True and facts["problem"] == ""
+    assert facts["container"] == "zip" and facts["bytes"] == (FOLDER / "checkpoint_dalle.pt").stat().st_size
+    assert facts["architecture"]["dim"] == theirs["hparams"]["dim"]
+    assert facts["values"] >= sum(tensor.numel() for tensor in theirs["weights"].values()) * 0.9
+    assert "float32" in facts["dtypes"]
+
+
+def test_a_vae_of_the_original_and_a_directory_of_ours(tmp_path):
+    facts = json.loads(info(FOLDER / "checkpoint_vae.pt", "--json"))
+    assert facts["kind"] == "DiscreteVAE" and facts["runs"] is True
+    model = DiscreteVAE(**SIZES)
+    model.save_pretrained(tmp_path / "vae")
+    facts = json.loads(info(tmp_path / "vae", "--json"))
+    assert facts["kind"] == "DiscreteVAE" and facts["container"] == "directory" and facts["runs"] is True
+    assert facts["values"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["architecture"]["num_tokens"] == 12
+
+
+def test_unknown_layouts_name_their_first_keys_and_the_nearest_layout(tmp_path):
+    save_file({"nobody.knows.weight": torch.ones(2), "this.bias": torch.ones(3)}, tmp_path / "x.safetensors")
+    told = info(tmp_path / "x.safetensors", code=1)
+    assert "5 in 2 tensors: 5 float32" in told
+    assert "none of its 2 keys is of a layout that we know: nobody.knows.weight, this.bias" in told
+    weights = torch.load(FOLDER / "checkpoint_dalle.pt", weights_only=True)["weights"]
+    torch.save({**weights, "surprise.weight": torch.ones(1)}, tmp_path / "y.pt")
+    told = info(tmp_path / "y.pt", code=1)
+    assert "the nearest layout is dalle_pytorch DALLE" in told and "surprise.weight" in told
+    assert "N tensors" not in told
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: saved({"a": Calling(os.system, "true")}), "asks for posix.system"),
+        (lambda: saved({"a": torch.ones(9)})[:-40], "ends before the directory"),
+        (lambda: saved([1, 2]), "must hold tensors by name, got list"),
+        (scripted, "of a layout that we know"),
+        (lambda: b"", "an empty one"),
+        (lambda: b"<html>", "a web page"),
+    ],
+)
+def test_bad_files_end_in_one_sentence(make, told, tmp_path):
+    output = info(write(tmp_path / "x.pt", make()), code=1)
+    errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and told in errors[0] and "Traceback" not in output
+
+
+def test_a_missing_file_and_an_unknown_directory(tmp_path):
+    assert "which is not there" in info(tmp_path / "x.pt", code=1)
+    (tmp_path / "notes.txt").write_text("x")
+    assert "must be a directory of weights that we know, got one with notes.txt" in info(tmp_path, code=1)
