@@ -105,7 +105,7 @@ def options(
         )  # fmt: skip
     if vae:
         parameters.append(
-            click.option("--vae", metavar="DIR|FILE", help="A saved VAE, OUT of train-vae, or another package's weights.")
+            click.option("--vae", metavar="DIR|FILE", help="A saved VAE, OUT of train-vae, or old weights.")
         )
     if tokenizer:
         parameters.append(

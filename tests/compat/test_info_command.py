@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from golden_cases import FOLDER
 from safetensors.torch import save_file
 
 from dalle_fast.cli.__main__ import main
+from dalle_fast.compat.formats import known_formats
 from dalle_fast.models.dvae import DiscreteVAE
 
 SIZES = {"image_size": 16, "num_tokens": 12, "codebook_dim": 6, "num_layers": 2, "hidden_dim": 4}
@@ -75,6 +79,18 @@ def test_bad_files_end_in_one_sentence(make, told, tmp_path):
     output = info(write(tmp_path / "x.pt", make()), code=1)
     errors = [line for line in output.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and told in errors[0] and "Traceback" not in output
+
+
+def test_the_page_has_a_row_for_every_layout_and_its_code_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "old-weights.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    for known in known_formats():
+        assert any(known.name in row for row in rows), known.name
+    shutil.copy(FOLDER / "checkpoint_dalle.pt", tmp_path / "old.pt")
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, {})
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_a_missing_file_and_an_unknown_directory(tmp_path):
