@@ -16,13 +16,5 @@ _MODULES = ("saved_model", "dalle_pytorch", "deepspeed", "openai_dvae", "taming_
 @cache
 def known_formats() -> tuple[Format, ...]:
     """Every layout, in the order in which a file is compared with them."""
-    formats: list[Format] = []
-    for name in _MODULES:
-        try:
-            module = importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-            continue
-        formats += module.FORMATS
-    return tuple(formats)
+    modules = (importlib.import_module(f"{__name__}.{name}") for name in _MODULES)
+    return tuple(known for module in modules for known in module.FORMATS)
