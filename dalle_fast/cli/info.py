@@ -13,7 +13,7 @@ from dalle_fast.cli.sentences import in_sentences
 if TYPE_CHECKING:
     from dalle_fast.compat.reading import Stored
 
-_SHOWN_VALUE = 100
+_SHOWN_VALUE, _SHOWN_LINE = 100, 4000
 
 
 @click.command()
@@ -29,19 +29,19 @@ def info(path: Path, as_json: bool) -> None:
         from dalle_fast.compat.reading import read
 
         stored = read(path)
-        facts: dict[str, Any] = {"path": str(path), "container": stored.container} | _sizes(stored)
         try:
             description = recognise(stored).describe(stored)
         except ValueError:
             # What is known of an unknown layout is said before the sentence that ends the command.
-            _tell(facts, as_json)
+            if stored.container != "directory":
+                _tell({"path": str(path)} | _sizes(stored), as_json)
             raise
-        facts = {
-            "path": facts.pop("path"), "kind": description.kind, "format": description.format,
-            "runs": not description.problem, "problem": description.problem, **facts,
-            "architecture": {str(key): _plain(value) for key, value in description.architecture.items()},
+        named = {
+            "path": str(path), "kind": description.kind, "format": description.format,
+            "runs": not description.problem, "problem": description.problem,
         }  # fmt: skip
-        _tell(facts, as_json)
+        architecture = {str(key): _plain(value) for key, value in description.architecture.items()}
+        _tell(named | _sizes(stored) | {"architecture": architecture}, as_json)
 
 
 def _sizes(stored: Stored) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def _sizes(stored: Stored) -> dict[str, Any]:
         dtypes[name] = dtypes.get(name, 0) + tensor.numel()
     files = [stored.path] if stored.path.is_file() else [path for path in stored.path.rglob("*") if path.is_file()]
     return {
-        "bytes": sum(path.stat().st_size for path in files), "tensors": len(tensors), "values": sum(dtypes.values()),
-        "dtypes": dtypes,
+        "container": stored.container, "bytes": sum(path.stat().st_size for path in files),
+        "tensors": len(tensors), "values": sum(dtypes.values()), "dtypes": dtypes,
     }  # fmt: skip
 
 
@@ -64,6 +64,8 @@ def _tell(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
+    from dalle_fast.compat.nodes import printable  # at call time: its package imports torch
+
     lines = {"layout": facts.get("format", "unknown")}
     if "kind" in facts:
         lines["model"] = facts["kind"]
@@ -75,7 +77,7 @@ def _tell(facts: dict[str, Any], as_json: bool) -> None:
         lines["arguments"] = ", ".join(f"{key}={_short(value)}" for key, value in facts["architecture"].items())
     click.echo(facts["path"])
     for name, text in lines.items():
-        click.echo(f"  {name:<10} {text}")
+        click.echo(f"  {name:<10} {printable(text, _SHOWN_LINE)}")
 
 
 def _plain(value: object) -> object:

@@ -26,7 +26,7 @@ from torch import Tensor
 from dalle_fast.compat.allowed import NAMES, Storage, StorageType
 from dalle_fast.compat.archives import Record, inflated, records_of
 from dalle_fast.compat.nesting import check_nesting
-from dalle_fast.compat.nodes import Budget, Damaged, Reference, Refused, UnreadableFile, UnsafeFile
+from dalle_fast.compat.nodes import Budget, Damaged, Reference, Refused, UnreadableFile, UnsafeFile, printable
 from dalle_fast.compat.unpickling import unpickle
 
 _MOST_OBJECTS = 112 << 20  # bytes of what is not in storages
@@ -57,21 +57,15 @@ def open_file(path: Path) -> tuple[str, Any]:
         check_nesting(data)
     except Refused as error:
         raise UnsafeFile(
-            f"read: {path} must hold weights alone, got a file that asks for {_shown(error)}. Nothing of it was run. "
-            "If you trust who made it, have them save its state dict."
+            f"read: {path} must hold weights alone, got a file that asks for {printable(str(error))}. Nothing of it "
+            "was run. If you trust who made it, have them save its state dict."
         ) from None
     except Damaged as error:
         raise UnreadableFile(
-            f"read: {path} must be a whole file of weights, got one that {_shown(error)}. Copy it again; it may be "
-            "damaged or made to harm."
+            f"read: {path} must be a whole file of weights, got one that {printable(str(error))}. Copy it again; it "
+            "may be damaged or made to harm."
         ) from None
     return container, data
-
-
-def _shown(error: Exception) -> str:
-    text = str(error)
-    printable = "".join(character if character.isprintable() else "?" for character in text[:300])
-    return printable + ("..." if len(text) > 300 else "")
 
 
 def _opened(path: Path, descriptor: int) -> tuple[str, Any]:
@@ -132,9 +126,9 @@ class _Zip(_Bytes):
         self.storages: dict[tuple[str, torch.dtype], Storage] = {}
         roots = [name[: -len("data.pkl")] for name in self.records if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(roots) != 1:
-            names = ", ".join(sorted(self.records)[:4]) or "nothing"
+            names = printable(", ".join(sorted(self.records)[:4])) or "nothing"
             raise UnreadableFile(
-                f"read: {path} must be an archive of torch.save, got a zip file of other things ({names[:200]}). "
+                f"read: {path} must be an archive of torch.save, got a zip file of other things ({names}). "
                 "Unpack it and name the file of weights in it."
             )
         self.root = roots[0]

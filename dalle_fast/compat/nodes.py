@@ -74,3 +74,9 @@ class Names:
 
     find: Callable[[str], Any]
     call: Callable[[str], Callable[[tuple[Any, ...], Budget], Any] | None]
+
+
+def printable(text: str, most: int = 300) -> str:
+    """A file's words as a sentence may say them: no control characters for the terminal, no pages."""
+    shown = "".join(character if character.isprintable() else "?" for character in text[:most])
+    return shown + ("..." if len(text) > most else "")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dalle_fast.compat.formats import Format, known_formats
+from dalle_fast.compat.nodes import printable
 from dalle_fast.compat.reading import Node, Stored, state_dict_of
 from dalle_fast.models.state_dicts import some
 
@@ -37,7 +38,7 @@ def keys_of(data: Any) -> list[str]:
     tensors = list(_state_dict(data))
     if tensors or not isinstance(data, Mapping):
         return tensors
-    return [str(key)[:200] for key in data if isinstance(key, str | int)]
+    return [str(key) for key in data if isinstance(key, str | int)]
 
 
 def pattern_of(key: str) -> str:
@@ -84,6 +85,7 @@ def _told(stored: Stored) -> str:
             "model's state dict."
         )
     known, unmatched = nearest(keys)
+    unmatched = [printable(key, 120) for key in unmatched]
     if known is None:
         begun = f"none of its {len(keys)} keys is of a layout that we know: {some(unmatched)}"
     elif unmatched:
