@@ -21,13 +21,23 @@ _RESNETS = {
     (3, 4, 6, 3): "RN50", (3, 4, 23, 3): "RN101", (4, 6, 10, 6): "RN50x4", (6, 8, 18, 8): "RN50x16",
     (3, 15, 36, 10): "RN50x64",
 }  # fmt: skip
+# of the tensors that sizes are taken from
+_DIMENSIONS = {
+    "image_tower.to_patches.weight": 4,
+    "image_tower.pos_emb": 2,
+    "image_tower.to_latent.weight": 2,
+    "image_tower.blocks.0.w_in.weight": 2,
+    "text_tower.token_emb.weight": 2,
+    "text_tower.pos_emb": 2,
+    "text_tower.blocks.0.w_in.weight": 2,
+}
 _MARKS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", "visual.layer1.0.conv1.weight")
 _OF_TIMM = "visual.trunk."
 
 
 def is_clip(names: Mapping[str, object]) -> bool:
     """Whether tensors of these names are those of a CLIP, one that we run or one that we name."""
-    bare = {without_wrappers(name) for name in names}
+    bare = {without_wrappers(name) for name in names if isinstance(name, str)}
     towers = any(mark in bare for mark in _MARKS) or any(name.startswith(_OF_TIMM) for name in bare)
     return towers and "logit_scale" in bare
 
@@ -71,8 +81,15 @@ def sizes_of(
             f"clip.load: {where} must hold the tensors of OpenAI's vision transformer and text transformer; missing: "
             f"{some(missing)}; unknown: {some(unknown)}. Another architecture under the name of CLIP cannot be loaded."
         )
+    for name, dims in _DIMENSIONS.items():
+        tensor = weights[name]
+        if tensor.dim() != dims or not tensor.is_floating_point():
+            raise ValueError(
+                f"clip.load: {name} in {where} must be floating with {dims} dimensions, got {tensor.dtype} "
+                f"{list(tensor.shape)}. Is the file damaged, or its weights quantised?"
+            )
     patches, positions = weights["image_tower.to_patches.weight"], weights["image_tower.pos_emb"]
-    width, channels, patch_size, other_side = _four(patches)
+    width, channels, patch_size, other_side = patches.shape
     side = math.isqrt(max(len(positions) - 1, 0))
     if channels != 3 or patch_size != other_side or side < 1 or side * side + 1 != len(positions):
         raise ValueError(
@@ -100,11 +117,6 @@ def sizes_of(
 def open_clip_head_width(width: int) -> int:
     """How wide a head of an image tower of this width is, in the models that OpenAI and open_clip published."""
     return _OTHER_HEAD_WIDTHS.get(width, HEAD_WIDTH)
-
-
-def _four(patches: Tensor) -> tuple[int, int, int, int]:
-    shape = tuple(patches.shape)
-    return shape if len(shape) == 4 else (0, 0, 0, 0)  # type: ignore[return-value]
 
 
 def _heads(which: str, width: int, given: int | None, head_width: int, where: str) -> int:

@@ -95,6 +95,16 @@ def is_saved(directory: Path) -> bool:
     return config is not None and config.get("class") == PretrainedCLIP.__name__
 
 
+def holds_clip(path: Path) -> bool:
+    """Whether a file or directory holds a CLIP of OpenAI's architecture, or one that `load` refuses by its kind."""
+    if path.is_dir():
+        return is_saved(path) or format_of(Stored(path, "directory", {})) is not None
+    try:
+        return path.is_file() and format_of(read(path)) is not None
+    except ValueError:
+        return False
+
+
 def find(stored: Stored) -> FoundCLIP | None:
     """The CLIP in what was read; None where there is none.
 
@@ -156,7 +166,7 @@ def _format(stored: Stored, weights: Mapping[str, Tensor], wrapped: bool) -> str
         return HUGGING_FACE
     if stored.container == "torchscript":
         return OPENAI_ARCHIVE
-    return OPEN_CLIP if wrapped else OPENAI
+    return OPEN_CLIP if wrapped or (stored.path.parent / configs.OPEN_CLIP).is_file() else OPENAI
 
 
 def _clip_in(stored: Stored) -> tuple[dict[str, Tensor], bool, Node | None] | None:

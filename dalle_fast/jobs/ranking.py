@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_fast.clip import loading
+from dalle_fast.clip.model import PretrainedCLIP
+from dalle_fast.clip.text import ClipTokenizer
 from dalle_fast.jobs.drawing_model import DrawingModel
 from dalle_fast.jobs.job import Sample
 from dalle_fast.models.clip import CLIP
@@ -43,18 +47,48 @@ class ClipRanker:
         return self.clip(text.to(images.device), images, text_mask=mask.to(images.device))
 
 
+class PretrainedRanker:
+    """Scores by the logits of a CLIP of OpenAI's architecture; a text that is too long for it is cut.
+
+    A text is read once, however many batches of its pictures come.
+
+    Args: clip: in evaluation mode.   tokenizer: of its texts.
+    """
+
+    def __init__(self, clip: PretrainedCLIP, tokenizer: ClipTokenizer) -> None:
+        self.clip, self.tokenizer = clip, tokenizer
+        self._read: dict[str, Tensor] = {}  # a text's feature [1, embed_dim], of those of the last batch
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], images: Tensor) -> Tensor:
+        """Logits [B]."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._read]
+        if new:
+            ids = self.tokenizer.tokenize(new, self.clip.context_length, truncate=True).to(images.device)
+            self._read |= zip(new, self.clip.encode_text(ids).split(1), strict=True)
+        self._read = {prompt: self._read[prompt] for prompt in prompts}
+        pictures = self.clip.encode_image(self.clip.preprocess(images)).split(1)
+        pairs = zip((self._read[prompt] for prompt in prompts), pictures, strict=True)
+        # pair by pair: the bits of a score depend on its own text and picture alone
+        scores = [(F.normalize(text, dim=-1) * F.normalize(picture, dim=-1)).sum(-1) for text, picture in pairs]
+        return torch.cat(scores) * self.clip.logit_scale.exp()
+
+
 def load_ranker(rank: str, model: DrawingModel) -> Ranker:
     """The ranker of this name, for pictures of this model and on its device.
 
-    Args: rank: directory of a saved CLIP, which reads with its own tokenizer.json or, without one, with the model's;
-        or "module:function", a `Ranker` that Python finds.
-    Raises: ValueError, FileNotFoundError (nothing of this name, a CLIP that does not fit the model).
+    Args: rank: directory of a saved `CLIP`, which reads with its own tokenizer.json or, without one, with the model's;
+        a file or directory that `dalle_fast.clip.load` reads; or "module:function", a `Ranker` that Python finds.
+    Raises: ValueError, FileNotFoundError (nothing of this name, a CLIP that does not fit the model, no merges file).
     """
-    if Path(rank).is_dir():
-        return _load_clip(Path(rank), model)
+    path = Path(rank)
+    if path.is_file() or (path.is_dir() and loading.holds_clip(path)):
+        return _load_pretrained(path, model)
+    if path.is_dir():
+        return _load_clip(path, model)
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", rank):
         raise ValueError(
-            f"sample: rank must be a saved CLIP's directory or module:function, got {rank!r}, which is neither."
+            f"sample: rank must be a CLIP's directory or file, or module:function, got {rank!r}, which is neither."
         )
     module_name, _, path = rank.partition(":")
     try:
@@ -146,6 +180,23 @@ def _load_clip(directory: Path, model: DrawingModel) -> ClipRanker:
             f"{clip.text_seq_len}. Rank with one that fits."
         )
     return ClipRanker(clip, tokenizer)
+
+
+def _load_pretrained(path: Path, model: DrawingModel) -> PretrainedRanker:
+    clip = loading.load(path, device=model.device)
+    channels = model.dalle.vae.channels
+    if channels not in (1, 3):
+        raise ValueError(
+            f"sample: the CLIP in {path} scores pictures of 3 channels, or of 1 as grey, and the model draws "
+            f"{channels}. Rank with one that fits."
+        )
+    if clip.vocab_size != ClipTokenizer.vocab_size:
+        raise ValueError(
+            f"sample: the CLIP in {path} must read the {ClipTokenizer.vocab_size} tokens of OpenAI's tokenizer, got "
+            f"one of {clip.vocab_size}. Rank with one that does."
+        )
+    merges = (path if path.is_dir() else path.parent) / "merges.txt"
+    return PretrainedRanker(clip, ClipTokenizer(merges if merges.is_file() else None))
 
 
 def _must_score(ranker: Ranker, n: int, got: str) -> str:

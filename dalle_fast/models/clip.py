@@ -7,14 +7,23 @@ Source: DALLE-pytorch's CLIP (Radford et al. 2021): two bidirectional transforme
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from dalle_fast.models.alone import each_alone, in_float32
-from dalle_fast.models.saving import Pretrained
+from dalle_fast.models.saving import PathLike, Pretrained
 from dalle_fast.models.transformer import Transformer
+
+_OF_OPENAI = (
+    "OpenAI's, another architecture: class token and end token where this one takes means over positions, GELU where "
+    "this one has GEGLU, patches in another order. Load it with dalle_fast.clip.load."
+)
 
 
 class CLIP(Pretrained):
@@ -110,6 +119,31 @@ class CLIP(Pretrained):
         similarity = text_latents @ image_latents.t() * scale  # [texts, pictures]
         pairs = torch.arange(n_texts, device=text.device)
         return (F.cross_entropy(similarity, pairs) + F.cross_entropy(similarity.t(), pairs)) / 2
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As of every model here; weights of OpenAI's CLIP are refused: no renaming makes them this architecture.
+
+        Raises: ValueError (such weights, a tensor of another shape), RuntimeError (strict: missing, unknown names).
+        """
+        from dalle_fast.clip.architecture import is_clip  # at call time: it stands above models
+
+        if isinstance(state_dict, Mapping) and is_clip(state_dict):
+            raise ValueError(f"CLIP: state_dict must be of dalle_pytorch's CLIP, got {_OF_OPENAI}")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> CLIP:
+        """As of every model here; a file or directory of OpenAI's CLIP is refused: it is another architecture.
+
+        Raises: as of every model, and ValueError (such a file or directory).
+        """
+        from dalle_fast.clip.loading import holds_clip  # at call time: it stands above models
+
+        if holds_clip(Path(path)):
+            raise ValueError(f"CLIP: {path} must hold a CLIP as dalle_pytorch has it, got {_OF_OPENAI}")
+        return super().from_pretrained(path, dtype=dtype, device=device)
 
     def _similarities(self, text: Tensor, image: Tensor, mask: Tensor | None) -> Tensor:
         """forward without the loss: each text and each picture alone, equal texts once."""

@@ -136,7 +136,7 @@ def test_any_function_ranks(model):
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        ("no/such/directory", "must be a saved CLIP's directory or module:function, got 'no/such/directory'"),
+        ("no/such/directory", "must be a CLIP's directory or file, or module:function, got 'no/such/directory'"),
         ("module.without.function", "module:function, got 'module.without.function'"),
         (".relative:function", "module:function, got"),
         ("no_such_module:function", r"can import, got 'no_such_module:function' \(No module named 'no_such_module'\)"),
