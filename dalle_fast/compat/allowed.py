@@ -87,7 +87,8 @@ def _view(
     if n > held or (n and last >= held) or (not n and math.prod(max(length, 1) for length in sizes) > _LARGEST_SIZE):
         raise Damaged(f"has a tensor of shape {list(sizes)} in a storage of {held} values")
     budget.spend(_TENSOR_BYTES)
-    return flat.as_strided(sizes, strides, first if n else 0)
+    # as_strided counts from the beginning of the memory that `flat` is a part of: the whole file.
+    return flat.as_strided(sizes, strides, flat.storage_offset() + (first if n else 0))
 
 
 def _lengths(value: object) -> tuple[int, ...]:

@@ -259,7 +259,7 @@ class _Machine:
         self.take(8)
 
     def push_mark(self) -> None:
-        self.budget.spend(80)
+        self.budget.spend(_CONTAINER_BYTES)
         self.below.append(self.stack)
         self.stack = []
 

@@ -40,9 +40,9 @@ def same(ours, theirs) -> bool:
         )
     if isinstance(theirs, Mapping):
         return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in theirs)
-    if isinstance(theirs, list | tuple):
+    if isinstance(theirs, list | tuple) and not isinstance(theirs, torch.Size):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs and type(ours) is type(theirs)
+    return ours == theirs and (type(ours) is type(theirs) or isinstance(theirs, torch.Size))
 
 
 def as_bytes(tensor):
@@ -67,18 +67,14 @@ def all_kinds():
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("make", [training_state, all_kinds])
 def test_what_torch_saves_is_read_as_torch_reads_it(make, protocol, legacy, tmp_path):
-    if legacy and make is all_kinds:
-        data = make()
-        del data["values"]["torch.float8_e4m3fn"], data["values"]["torch.uint16"]  # no legacy storages have them
-    else:
-        data = make()
+    data = make()
     path = write(tmp_path / "x.pt", saved(data, legacy=legacy, protocol=protocol))
     stored = read(path)
-    theirs = torch.load(path, weights_only=True, map_location="cpu")
-    if make is all_kinds:
-        theirs["other"]["size"] = tuple(theirs["other"]["size"])
     assert stored.container == ("legacy" if legacy else "zip")
-    assert same(stored.data, theirs)
+    assert same(stored.data, data)
+    # torch's restricted reader knows no other protocol, and in the legacy container not every dtype that it wrote.
+    if protocol == 2 and not (legacy and make is all_kinds):
+        assert same(stored.data, torch.load(path, weights_only=True, map_location="cpu"))
 
 
 def test_tied_tensors_stay_tied(tmp_path):
