@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dalle_fast.layout import TokenLayout
 from dalle_fast.models.cache import DecodeCache
 from dalle_fast.models.checks import check_image_shape, checked_ids, checked_labels, checked_text
+from dalle_fast.models.inner_vae import not_narrowed, pixels_for, without_vae
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.transformer import DivideMax, Transformer
 from dalle_fast.models.vae_protocol import check_vae
@@ -29,7 +30,7 @@ class DALLE(Pretrained):
     Args:
         dim: C, channels.
         vae: a DiscreteVAE, or any object with its image_size, num_tokens, num_layers, channels, get_codebook_indices
-            and decode; it is frozen.
+            and decode; it is frozen, and stays float32 where the model is converted to 16 bits.
         num_text_tokens: size of the text vocabulary, id 0 is padding.
         text_seq_len: text tokens a prompt is padded to.
         depth: transformer blocks.
@@ -37,7 +38,7 @@ class DALLE(Pretrained):
         reversible: recompute activations in the backward pass.
         attn_dropout, ff_dropout: probabilities.
         attn_types: names cycled over the blocks: full, axial_row, axial_col, conv_like, sparse, paper_row, paper_col,
-            paper_conv.
+            paper_conv; options of `patterns.make` may follow: "conv_like kernel=7".
         loss_img_weight: weight of the image loss against 1 for the text loss.
         stable: PB-relax.
         sandwich_norm: norm the outputs of blocks too.
@@ -114,6 +115,13 @@ class DALLE(Pretrained):
             self.text_pos_emb = nn.Embedding(self.layout.text_len, dim)
             self.image_row_emb = nn.Parameter(torch.randn(self.layout.grid_rows, dim))
             self.image_col_emb = nn.Parameter(torch.randn(self.layout.grid_cols, dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DALLE:
+        with without_vae(self) as vae:
+            super()._apply(fn, recurse)
+        if vae is not None and recurse:
+            vae._apply(not_narrowed(fn))
+        return self
 
     # -------------------------------------------------------------------------------------------- training and scoring
 
@@ -384,5 +392,5 @@ class DALLE(Pretrained):
         pixels = [self.vae.channels, self.vae.image_size, self.vae.image_size]
         check_image_shape(image, text.shape[0], self.image_seq_len, pixels)
         if image.dim() == 4:
-            return self.vae.get_codebook_indices(image)
+            return self.vae.get_codebook_indices(pixels_for(self.vae, image))
         return checked_ids(image, self.num_image_tokens, "image codes")

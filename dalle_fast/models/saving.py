@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dalle_fast
-from dalle_fast.models.state_dicts import aliases, belongs_to, check_shapes, some
+from dalle_fast.models.state_dicts import aliases, belongs_to, check_shapes, some, tie_again
+from dalle_fast.models.unfilled import unfilled
+from dalle_fast.models.weights_file import read_weights, write_weights
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -118,7 +118,8 @@ class Pretrained(nn.Module):
 
         Args:
             path: a local directory. Nothing is ever downloaded.
-            dtype: floating dtype of the model; None means float32, whatever the file holds.
+            dtype: floating dtype of the model, None means float32, whatever the file holds; the VAE of a DALLE is
+                float32 under a dtype of 16 bits, too.
             device: where the model goes; None means the CPU.
         Raises: FileNotFoundError (no such directory or file), ValueError (unreadable file, unknown class or argument,
             another class than this one, tensors missing or of another shape).
@@ -134,10 +135,11 @@ class Pretrained(nn.Module):
         arguments = _checked_arguments(found, config["arguments"], directory)
         for name in config["models"]:
             arguments[name] = Pretrained.from_pretrained(directory / name)
-        with torch.random.fork_rng(devices=[]):
+        dtype = torch.float32 if dtype is None else dtype
+        with unfilled():
             model = found(**arguments)
-        _load_weights(model, directory, config["models"])
-        return model.to(device=device, dtype=dtype or torch.float32).eval()
+        _load_weights(model, directory, config["models"], dtype)
+        return model.to(device=device, dtype=dtype).eval()
 
 
 # --- the constructor's arguments --------------------------------------------------------------------------------------
@@ -207,20 +209,11 @@ def _write(model: Pretrained, directory: Path, dtype: torch.dtype | None, card: 
     state_dict = model.state_dict()
     left_out = aliases(state_dict)
     tensors = {
-        name: _stored(tensor, dtype)
-        for name, tensor in state_dict.items()
-        if name not in left_out and not belongs_to(name, models)
+        name: tensor for name, tensor in state_dict.items() if name not in left_out and not belongs_to(name, models)
     }
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_weights(directory / WEIGHTS, tensors, dtype)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / CARD).write_text(card if card is not None else _card(model), encoding="utf-8")
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor.detach().to("cpu")
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _write_tokenizer(tokenizer: Any, target: Path) -> None:
@@ -336,20 +329,21 @@ def _checked_arguments(cls: type[Pretrained], arguments: dict[str, Any], directo
     return dict(arguments)
 
 
-def _load_weights(model: Pretrained, directory: Path, models: list[str]) -> None:
+def _load_weights(model: Pretrained, directory: Path, models: list[str], dtype: torch.dtype) -> None:
+    """Gives an unfilled model its weights, which are then of that dtype; models inside it have theirs."""
     path = directory / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"from_pretrained: {directory} must hold {WEIGHTS}, got none. Copy it there.")
     try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
+        stored = read_weights(path, dtype)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"from_pretrained: {path} must be a safetensors file, got something unreadable ({error}). "
             "Copy it again; it may be cut short."
         ) from error
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     tied = aliases(own)
-    complete = {name: tensor for name, tensor in own.items() if belongs_to(name, models)}
+    complete = {name: tensor.detach() for name, tensor in own.items() if belongs_to(name, models)}
     complete.update(stored)
     complete.update({name: stored[first] for name, first in tied.items() if name not in stored and first in stored})
     missing, unknown = sorted(set(own) - set(complete)), sorted(set(complete) - set(own))
@@ -358,4 +352,5 @@ def _load_weights(model: Pretrained, directory: Path, models: list[str]) -> None
             f"from_pretrained: {path} must hold the tensors of {type(model).__name__}; missing: {some(missing)}; "
             f"unknown: {some(unknown)}. Do {CONFIG} and {WEIGHTS} belong together?"
         )
-    model.load_state_dict(complete)
+    model.load_state_dict(complete, assign=True)
+    tie_again(model, tied)

@@ -10,17 +10,33 @@ _SHOWN = 4
 
 
 def aliases(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every name of a tied tensor -> the first name of that tensor."""
+    """Every name of a tied tensor -> the first name of that tensor.
+
+    Tensors without values are told apart as objects: give parameters themselves, `state_dict(keep_vars=True)`.
+    """
     first: dict[tuple, str] = {}
     later = {}
     for name, tensor in state_dict.items():
         if tensor.numel() == 0:
             continue
-        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        identity = (tensor.device, place, tensor.shape, tensor.stride(), tensor.dtype)
         if identity in first:
             later[name] = first[identity]
         first.setdefault(identity, name)
     return later
+
+
+def tie_again(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Makes parameters one object again that `load_state_dict(assign=True)` has made of one tensor.
+
+    Args: tied: name -> name of the same parameter, as `aliases` says.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, first in tied.items():
+        if name in parameters and parameters[name] is not parameters[first]:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameters[first])
 
 
 def belongs_to(name: str, models: list[str]) -> bool:

@@ -92,7 +92,8 @@ class Transformer(Pretrained):
         heads, dim_head: H, D.
         reversible: recompute activations in the backward pass instead of storing them.
         causal: False attends everywhere (CLIP); `attn_types` is then ignored but for `full`.
-        attn_types: a name or names, cycled over the blocks, out of `ATTENTION_TYPES`; default `full`.
+        attn_types: a name or names, cycled over the blocks, out of `ATTENTION_TYPES`; default `full`. Options of
+            `patterns.make` may follow a name: "conv_like kernel=7", "sparse block=16 layout=0x8cef".
         image_fmap_size: side of the token grid, or (rows, columns); None without an image.
         stable, sandwich_norm, shift_tokens, rotary_emb, shared_attn_ids, shared_ff_ids: as the original.
         sparse_attn, optimize_for_inference: accepted for old code, without effect: `attn_types` says which layers are
@@ -154,13 +155,20 @@ class Transformer(Pretrained):
             for i, (attn, ff) in enumerate(zip(attentions, feed_forwards, strict=True), start=1)
         )
         self._dim_head = dim_head
-        self.register_buffer("angles", rotary_angles(self.layout, dim_head) if rotary_emb else None, persistent=False)
+        self.register_buffer("angles", self._angles() if rotary_emb else None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         super()._apply(fn, recurse)
         if self.angles is not None:  # moved with the module, never rounded with it
-            self.angles = rotary_angles(self.layout, self._dim_head).to(self.angles.device)
+            self.angles = self._angles().to(self.angles.device)
         return self
+
+    def _angles(self) -> Tensor:
+        """On torch's default device; real also under `torch.device("meta")`: nobody loads angles."""
+        with torch.device("cpu"):
+            angles = rotary_angles(self.layout, self._dim_head)
+        device = torch.get_default_device()
+        return angles if device.type == "meta" else angles.to(device)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
         """x [B, N, C] -> [B, N, C].
@@ -209,9 +217,12 @@ class Transformer(Pretrained):
             for i, block in enumerate(blocks)
         ]
 
-    def _pattern(self, name: str, causal: bool) -> AttentionPattern:
-        name = {"sparse": "block_sparse"}.get(name, name)
-        return patterns.make(name if causal else "bidirectional", text_len=self.layout.text_len, grid=self.layout.grid)
+    def _pattern(self, kind: str, causal: bool) -> AttentionPattern:
+        name, *options = kind.split(" ") if causal else ("bidirectional",)
+        rows, cols = self.layout.grid
+        spec = [{"sparse": "block_sparse"}.get(name, name), f"text_len={self.layout.text_len}", f"grid={rows}x{cols}"]
+        with torch.device("cpu"):  # a pattern is computed with, also where the model is built on the meta device
+            return patterns.from_spec(" ".join([*spec, *options]))
 
 
 def _block(x: Tensor, attn: Callable[[Tensor], Tensor], ff: Callable[[Tensor], Tensor]) -> Tensor:
@@ -240,7 +251,7 @@ def attention_types(attn_types: str | Sequence[str] | None, depth: int) -> list[
     if not names:
         raise ValueError("attn_types: must name at least one type, got none.")
     for name in names:
-        if name not in ATTENTION_TYPES:
+        if name.partition(" ")[0] not in ATTENTION_TYPES:
             raise ValueError(f"attn_types: each must be one of {', '.join(ATTENTION_TYPES)}, got {name!r}.")
     return list(islice(cycle(names), depth))
 

@@ -1,0 +1,34 @@
+"""Modules whose parameters wait for their values: a model that is loaded anyway need not draw them first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Inside, this thread builds modules whose parameters have shapes and no values (torch's meta device).
+
+    Buffers and whatever else a constructor computes are as always, so `load_state_dict(weights, assign=True)` completes
+    the model, and memory is what the weights take. `torch.device("meta")` would empty those, too. Torch's random state
+    is untouched.
+    """
+    here = threading.get_ident()
+
+    def emptied(module: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != here:
+            return None
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        handle.remove()
