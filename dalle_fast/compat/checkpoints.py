@@ -10,18 +10,21 @@ Weights have the names of dalle_pytorch 1.6.6. Its `generate.py --dalle_path` an
 from __future__ import annotations
 
 import inspect
-import io
-import pickle
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dalle_fast.compat.names import upstream_names
+from dalle_fast.compat.formats.dalle_pytorch import load_vae
+from dalle_fast.compat.names import name_of_block_layout, upstream_names
+from dalle_fast.compat.reading import read
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
-from dalle_fast.whole_files import write_whole
+from dalle_fast.whole_files import TEMPORARY, bring_to_disk
 
 VERSION = "1.6.6"
 # What its trainers write; other arguments are added where they are not at their defaults.
@@ -73,6 +76,12 @@ def upstream_weights(model: DALLE | DiscreteVAE) -> dict[str, Tensor]:
     for axis, place in enumerate((2, 1)):
         if (name := f"image_pos_emb.weights_{axis}") in weights:
             weights[name] = weights[name].unsqueeze(0).unsqueeze(place)  # [1, R, 1, dim] and [1, 1, C, dim]
+    blocks: Iterable[Any] = model.transformer.blocks
+    for layer, block in enumerate(blocks):
+        attention = block.attn.fn
+        if attention.pattern.name == "block_sparse":
+            layout = torch.tensor(dict(attention.pattern.options)["layout"], dtype=torch.int64)
+            weights[name_of_block_layout(model, layer)] = layout.repeat(attention.heads, 1, 1)
     if model.share_input_output_emb:
         for kind in ("weight", "bias"):
             for embedding in ("text_emb", "image_emb"):
@@ -81,13 +90,22 @@ def upstream_weights(model: DALLE | DiscreteVAE) -> dict[str, Tensor]:
 
 
 def write_upstream(model: DALLE | DiscreteVAE, path: Path) -> None:
-    """Writes `upstream_checkpoint(model)` to a file, whole or not at all.
+    """Writes `upstream_checkpoint(model)` to a file, whole or not at all, without a copy of it in memory.
 
     Raises: ValueError, TypeError (as there), OSError.
     """
-    buffer = io.BytesIO()
-    torch.save(upstream_checkpoint(model), buffer)
-    write_whole(path, [buffer.getvalue()])
+    checkpoint = upstream_checkpoint(model)
+    scratch = path.with_name(TEMPORARY + path.name)
+    try:
+        with open(scratch, "wb") as file:
+            torch.save(checkpoint, file)
+        bring_to_disk(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(scratch)
+        raise
+    bring_to_disk(path.parent)
 
 
 def read_upstream_vae(path: Path) -> DiscreteVAE:
@@ -96,22 +114,22 @@ def read_upstream_vae(path: Path) -> DiscreteVAE:
     Raises: FileNotFoundError, ValueError (another kind of file).
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        hparams, weights = stored["hparams"], stored["weights"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        stored = read(path).data
+        if not isinstance(stored, dict) or not {"hparams", "weights"} <= stored.keys():
+            raise ValueError("it holds no hparams and weights")
+        return load_vae(stored["hparams"], stored["weights"], path)
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"train: {path} must be a vae.pt of the original's train_vae.py, got something else ({error}). "
             "Name a saved model's directory, or such a file."
         ) from None
-    vae = DiscreteVAE(**hparams)
-    vae.load_state_dict(weights)
-    return vae.eval()
 
 
 def _dalle_params(model: DALLE) -> dict[str, Any]:
     config = model.config
     types = config["attn_types"]
     types = ("full",) if types is None else (types,) if isinstance(types, str) else tuple(types)
+    types = tuple("sparse" if name.startswith("sparse block=16 layout=") else name for name in types)
     if unknown := sorted(set(types) - _KNOWN_TYPES):
         raise ValueError(
             f"upstream_checkpoint: attn_types must be of the original's ({', '.join(sorted(_KNOWN_TYPES))}), got "

@@ -6,16 +6,19 @@ and the leaf (`scale`, `norm`, `norm_out`, `to_qkv`, `to_out`, `net.0`, `net.3`)
 What the wrappers do tell is whether the weights were trained with token shift, which the values cannot tell: a model
 built the other way is refused.
 
-Equal names do not prove equal numbers: releases before 0.9.0 have no padding ids, those before 1.6 may rotate or shift
-differently. The golden cases are of 1.6.6.
+Equal names do not prove equal numbers: releases before 0.9.0 have no padding ids, and `conv_like` layers before 1.5.0
+see another window. `compat.formats.releases` knows what a file tells of its release.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from dalle_fast.models.dvae import DiscreteVAE
 
 # our name below a branch -> the original's, by branch
 _LEAVES = {
@@ -55,6 +58,57 @@ _AXIAL = re.compile(r"^image_pos_emb\.weights[._](?P<axis>[01])$")
 _AXIAL_OURS = {"0": "image_row_emb", "1": "image_col_emb"}
 _HEAD = re.compile(r"^to_logits\.(?P<index>\d)\.(?P<leaf>weight|bias)$")
 _TIED_COPIES = ("text_emb.linear.", "image_emb.linear.")
+_BLOCK_LAYOUT = "attn_fn.master_layout"  # DeepSpeed's, of a `sparse` layer: int64 [heads, n_blocks, n_blocks]
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """How the names of a transformer's layers are wrapped.
+
+    Attributes:
+        reversible: whether its layers lie in reversible blocks.
+        wrappers: of attention and feed-forward, how many; 0 where there is no such layer.
+        shift_tokens: whether such weights were trained with token shift; None: no release wraps so.
+    """
+
+    reversible: bool
+    wrappers: tuple[int, int]
+
+    @property
+    def shift_tokens(self) -> bool | None:
+        return _SHIFT_OF_WRAPPERS.get(self.wrappers)
+
+
+def wrapping_of(state_dict: Mapping[str, Tensor]) -> dict[str, Wrapping]:
+    """Prefix of every transformer of the original in a state dict ("transformer.") -> how its names are wrapped."""
+    kinds: dict[str, str] = {}
+    depths: dict[tuple[str, str], int] = {}
+    for name in state_dict:
+        if match := _THEIRS.match(name):
+            kinds[match["prefix"]] = match["kind"]
+            leaf, n_fn = _without_wrappers(match["rest"])
+            if leaf in ("to_qkv.weight", "net.0.weight"):
+                depths[match["prefix"], _BRANCH_OF[match["branch"]]] = n_fn
+    return {
+        prefix: Wrapping(kind == "blocks", (depths.get((prefix, "attn"), 0), depths.get((prefix, "ff"), 0)))
+        for prefix, kind in kinds.items()
+    }
+
+
+def name_of_block_layout(model: nn.Module, layer: int) -> str:
+    """Where 1.6.6 stores the layout of the blocks of a `sparse` layer of a DALLE."""
+    beside = _upstream_block_name(model, "transformer.", str(layer), "attn", "fn.to_qkv.weight")
+    return beside.replace("to_qkv.weight", _BLOCK_LAYOUT)
+
+
+def block_layouts(state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Layer -> the layout of its blocks that DeepSpeed's sparse attention stored, [heads, n_blocks, n_blocks]."""
+    found = {}
+    for name, tensor in state_dict.items():
+        match = _THEIRS.match(name) if name.endswith(_BLOCK_LAYOUT) else None
+        if match and match["prefix"] == "transformer.":
+            found[int(match["layer"])] = tensor
+    return found
 
 
 def upstream_names(model: nn.Module) -> dict[str, str]:
@@ -140,6 +194,8 @@ def _is_dropped(name: str, own: set[str], prefixes: set[str]) -> bool:
     """Whether `name` is one of the original's buffers, or a copy of a tied head in a model that ties it too."""
     if name == "logits_mask" or any(name == f"{prefix}pos_emb" for prefix in prefixes):
         return True
+    if name.endswith(_BLOCK_LAYOUT) and (match := _THEIRS.match(name)) and match["prefix"] in prefixes:
+        return True  # of a model's pattern, which is not a tensor here
     return name.startswith(_TIED_COPIES) and "text_emb.weight" not in own
 
 
@@ -149,7 +205,26 @@ def _with_vae(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tens
         return state_dict
     inner = {name.removeprefix("vae."): tensor for name, tensor in state_dict.items() if name.startswith("vae.")}
     outer = {name: tensor for name, tensor in state_dict.items() if not name.startswith("vae.")}
-    return outer | {f"vae.{name}": tensor for name, tensor in translate(vae, inner).items()}
+    return outer | {f"vae.{name}": tensor for name, tensor in _names_of_vae(vae, inner).items()}
+
+
+def _names_of_vae(vae: nn.Module, state_dict: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a VAE under the names of its class, whoever named them."""
+    if isinstance(vae, DiscreteVAE):
+        return translate(vae, state_dict)
+    # at call time: the others are rare, and their modules stand above this one
+    from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE
+    from dalle_fast.models.vqgan import VQGanVAE
+
+    if isinstance(vae, OpenAIDiscreteVAE):
+        from dalle_fast.compat.formats.openai_dvae import our_names
+
+        return our_names(state_dict) | state_dict
+    if isinstance(vae, VQGanVAE):
+        from dalle_fast.compat.formats.taming_vqgan import own_names
+
+        return own_names(vae, state_dict)
+    return state_dict
 
 
 def _upstream_block_name(model: nn.Module, prefix: str, layer: str, branch: str, leaf: str) -> str:
@@ -181,22 +256,12 @@ def _without_wrappers(rest: str) -> tuple[str, int]:
 
 def _check_options(model: nn.Module, prefixes: set[str], state_dict: Mapping[str, Tensor]) -> None:
     """Refuses weights whose names show that they were trained with another `reversible` or `shift_tokens`."""
-    kinds: dict[str, str] = {}
-    depths: dict[tuple[str, str], int] = {}
-    for name in state_dict:
-        match = _THEIRS.match(name)
-        if not match or match["prefix"] not in prefixes:
-            continue
-        kinds[match["prefix"]] = match["kind"]
-        leaf, n_fn = _without_wrappers(match["rest"])
-        if leaf in ("to_qkv.weight", "net.0.weight"):
-            depths[match["prefix"], _BRANCH_OF[match["branch"]]] = n_fn
-    for prefix, kind in kinds.items():
-        transformer = model.get_submodule(prefix.rstrip("."))
-        wrappers = (depths.get((prefix, "attn"), 0), depths.get((prefix, "ff"), 0))
-        _check_option("reversible", kind == "blocks", transformer)
-        if wrappers in _SHIFT_OF_WRAPPERS:
-            _check_option("shift_tokens", _SHIFT_OF_WRAPPERS[wrappers], transformer)
+    for prefix, wrapping in wrapping_of(state_dict).items():
+        if prefix in prefixes:
+            transformer = model.get_submodule(prefix.rstrip("."))
+            _check_option("reversible", wrapping.reversible, transformer)
+            if wrapping.shift_tokens is not None:
+                _check_option("shift_tokens", wrapping.shift_tokens, transformer)
 
 
 def _check_padding_ids(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
