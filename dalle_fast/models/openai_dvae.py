@@ -284,7 +284,7 @@ def _encoder(sizes: Sizes) -> nn.Sequential:
 def _decoder(sizes: Sizes) -> nn.Sequential:
     width = sizes.hidden_dim
     widths = (sizes.codebook_dim, 8 * width, 4 * width, 2 * width, width)
-    groups = _groups(widths, sizes.blocks_per_group, _DECODER_KERNELS, "double", lambda: nn.Upsample(scale_factor=2))
+    groups = _groups(widths, sizes.blocks_per_group, _DECODER_KERNELS, "upsample", lambda: nn.Upsample(scale_factor=2))
     layers: dict[str, nn.Module] = {"input": Bias(sizes.codebook_dim), **groups, "relu": nn.ReLU()}
     return nn.Sequential(OrderedDict(layers, output=_convolution(width, 2 * sizes.channels, 1)))
 

@@ -146,7 +146,7 @@ def test_the_originals_names_load_here_and_inside_a_dalle():
     weights = {name: tensor for name, tensor in dalle.state_dict().items() if not name.startswith("vae.")}
     dalle.load_state_dict(weights | {f"vae.{name}": tensor for name, tensor in state.items()})
     assert same(dalle.vae, model)
-    with pytest.raises(RuntimeError, match=r"enc.blocks.group_1.block_9"):
+    with pytest.raises(RuntimeError, match=r"encoder.group_1.block_9"):
         other.load_state_dict(state | {"enc.blocks.group_1.block_9.id_path.w": torch.zeros(1)})
 
 
@@ -164,7 +164,8 @@ def test_sizes_are_the_papers():
     with torch.device("meta"):
         model = OpenAIDiscreteVAE(from_scratch=True)
     counts = [
-        sum(p.numel() for n, p in model.named_parameters() if n.startswith("encoder.") is part) for part in (1, 0)
+        sum(p.numel() for n, p in model.named_parameters() if n.startswith("encoder.") is part)
+        for part in (True, False)
     ]
     assert counts == [53_786_240, 43_829_766]
     assert (model.image_size, model.num_tokens, model.num_layers, model.channels) == (256, 8192, 3, 3)

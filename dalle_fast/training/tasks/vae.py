@@ -195,7 +195,8 @@ class VaeTask:
             model = copy.deepcopy(model)
             assert isinstance(model.codebook, VectorQuantiser)
             model.codebook.update()
-        (folded(model.cpu()) if self.config.fold else model).save_pretrained(directory)
+        saved = folded(model.cpu()) if self.config.fold and isinstance(model, DiscreteVAE) else model
+        saved.save_pretrained(directory)
 
     def _reconstructed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pixels in 0..1 through noiseless codes, and those; before codes are placed, pixels through none."""
