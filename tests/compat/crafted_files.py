@@ -114,15 +114,16 @@ def training_state() -> dict[str, Any]:
     """Like a trainer's checkpoint: weights, an optimiser's state, a scheduler's, names and numbers."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2, bias=False))
-    optimiser = torch.optim.Adam(model.parameters())
-    sum(parameter.sum() for parameter in model.parameters()).backward()
-    optimiser.step()
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser)
+    moments = {
+        i: {"step": torch.tensor(3.0), "exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
+        for i, p in enumerate(model.parameters())
+    }
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "amsgrad": False, "fused": None, "params": list(moments)}
     return {
         "hparams": {"dim": 4, "attn_types": ("full", "axial_row"), "ids": (), "rate": 0.5, "on": True, "none": None},
         "weights": model.state_dict(),
-        "opt_state": optimiser.state_dict(),
-        "scheduler_state": plateau.state_dict(),
+        "opt_state": {"state": moments, "param_groups": [group]},
+        "scheduler_state": {"best": float("inf"), "mode": "min", "_last_lr": [1e-3]},
         "epoch": 3,
         "version": "1.6.6",
     }

@@ -21,8 +21,17 @@ from crafted_files import (
     text,
     training_state,
 )
+from openai_dvae_files import original_state, tiny
 from safetensors.torch import save
+from small_vqgans import small_vqgan
 from torch import nn
+
+from dalle_fast.clip.model import PretrainedCLIP
+from dalle_fast.clip.names import to_openai
+from dalle_fast.compat.checkpoints import upstream_checkpoint
+from dalle_fast.compat.formats.taming_vqgan import taming_names
+from dalle_fast.models.dalle import DALLE
+from dalle_fast.models.dvae import DiscreteVAE
 
 _CALLS = ("os\nsystem", "posix\nsystem", "builtins\neval", "builtins\ngetattr", "torch\nload", "subprocess\nPopen")
 _NAMES = (
@@ -49,7 +58,27 @@ def corpus() -> dict[str, bytes]:
         "lightning": lightning_state(),
         "safetensors": save({"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.ones(2, dtype=torch.bfloat16)}),
     }
-    return files | {"deflated": archive_of(records_of(files["zip"]), deflated=True)}
+    return files | known_layouts() | {"deflated": archive_of(records_of(files["zip"]), deflated=True)}
+
+
+def known_layouts() -> dict[str, bytes]:
+    """Small files of layouts that we know, without their tensors' meaning."""
+    torch.manual_seed(6)
+    vae = DiscreteVAE(image_size=16, num_tokens=12, codebook_dim=6, num_layers=2, hidden_dim=4)
+    dalle = DALLE(dim=16, vae=vae, num_text_tokens=9, text_seq_len=4, depth=1, heads=2, dim_head=8)
+    vqgan = small_vqgan("vq")
+    names = taming_names(vqgan)
+    clip = PretrainedCLIP(
+        embed_dim=8, image_size=16, patch_size=8, vision_width=64, vision_layers=1, vocab_size=20, context_length=5,
+        text_width=64, text_layers=1,
+    )  # fmt: skip
+    return {
+        "dalle": saved(upstream_checkpoint(dalle)),
+        "vae": saved(upstream_checkpoint(vae), legacy=True),
+        "openai_dvae": save({name: tensor.contiguous() for name, tensor in original_state(tiny()).items()}),
+        "vqgan": saved({"state_dict": {names[name]: tensor for name, tensor in vqgan.state_dict().items()}}),
+        "clip": saved(to_openai(clip.state_dict())),
+    }
 
 
 def mutated(files: dict[str, bytes], seed: int) -> tuple[str, bytes]:
@@ -149,7 +178,7 @@ def _numbers_changed(data: bytes, choose: random.Random) -> bytes:
 
 def _random_opcode(choose: random.Random) -> bytes:
     number = struct.pack("<I", choose.choice((0, 1, 5, 200, 1 << 16, (1 << 31) - 1, (1 << 32) - 1)))
-    name = choose.choice(_CALLS + _NAMES * 3)
+    name = choose.choice(_CALLS * 2 + _NAMES * 3)
     return choose.choice(
         (
             bytes([choose.randrange(256)]), *(bytes([code]) for code in b"N(012]})aesuRbQtldo.\x81\x85\x86\x87"),

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 def survived(first: int, last: int, folder: Path) -> dict[str, int]:
     """Reads the files of these seeds in a process of its own."""
     folder.mkdir(exist_ok=True)
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    folders = [HERE, HERE.parent, HERE.parents[1]]
+    paths = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(HERE / "mutated_worker.py"), str(first), str(last)],
         capture_output=True, text=True, cwd=folder,
@@ -36,7 +37,7 @@ def survived(first: int, last: int, folder: Path) -> dict[str, int]:
 
 def test_four_hundred_mutated_files(tmp_path):
     counts = survived(0, 400, tmp_path / "a")
-    assert counts["data"] > 20 and counts["unreadable"] > 100 and counts["unsafe"] > 5
+    assert counts["data"] > 20 and counts["unreadable"] > 100 and counts["unsafe"] > 2 and counts["known"] > 10
     assert sum(counts[kind] for kind in ("data", "unreadable", "unsafe")) == 400
 
 
