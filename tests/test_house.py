@@ -72,8 +72,8 @@ def test_public_names():
     for name in dalle_fast.__all__:
         assert getattr(dalle_fast, name) is not None
     assert set(dalle_fast.__all__) <= set(dir(dalle_fast))
-    with pytest.raises(AttributeError, match="module 'dalle_fast' has no attribute 'VQGanVAE'"):
-        _ = dalle_fast.VQGanVAE
+    with pytest.raises(AttributeError, match="module 'dalle_fast' has no attribute 'NoSuchModel'"):
+        _ = dalle_fast.NoSuchModel
 
 
 def test_explain_names_every_op():

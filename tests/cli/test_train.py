@@ -135,7 +135,7 @@ def test_the_same_command_goes_on_and_a_bare_one_does(place, vae):
         (["--set", "loop.stesp=3"], "Did you mean loop.steps?"),
         (["--set", "loop.steps"], "a setting must be KEY=VALUE"),
         (["--set", "model.widht=3"], "model must hold arguments of DiscreteVAE"),
-        (["--preset", "huge"], "preset must be one of emoji, paper, small, upstream, got 'huge'"),
+        (["--preset", "huge"], "preset must be one of emoji, openai, paper, small, upstream, got 'huge'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--steps", "0"], "--steps"),
         (["--steps", "4", "--epochs", "2"], "--epochs and --steps must not both be given"),
