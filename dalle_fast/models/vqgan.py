@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dalle_fast.models.alone import each_alone, in_float32, widened
+from dalle_fast.models.alone import each_alone, in_float32
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.state_dicts import some
 from dalle_fast.models.vae_protocol import check_pictures, side_of_codes
@@ -192,9 +192,10 @@ class VQGanVAE(Pretrained):
         if len(img) == 0:
             return img.new_empty(0, (self.image_size >> self.num_layers) ** 2, dtype=torch.int64)
         if img.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._codes(img)
-        twin, rows = in_float32(self), img.split(1)
-        return torch.cat(each_alone(lambda i: twin._codes(widened(rows[i])), len(rows)))
+            return self._codes(img.to(self.codebook.weight.dtype))
+        twin = in_float32(self)
+        rows = img.to(twin.codebook.weight.dtype).split(1)
+        return torch.cat(each_alone(lambda i: twin._codes(rows[i]), len(rows)))
 
     def decode(self, img_seq: Tensor) -> Tensor:
         """Pictures of code grids.

@@ -168,7 +168,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.conv_in(x))
-        for level in reversed(self.levels):  # type: ignore[call-overload]
+        for level in reversed(self.levels):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 

@@ -111,7 +111,7 @@ def architecture_of(
     if image_size is None:
         raise ValueError(
             "VQGanVAE: the size of pictures must be known, got weights alone, which do not tell. Give the .yaml that"
-            f" belongs to them. {WHERE_FROM}"
+            f" belongs to them (commands: --yaml). {WHERE_FROM}"
         )
     architecture = VQGanArchitecture(image_size=image_size, **seen)
     used = _used(weights)
@@ -261,7 +261,7 @@ def _said_by_yaml(config: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes of a VQGanArchitecture, and `remap`. Raises ValueError (another model, a value that is none)."""
     model = _section(config, "model", "")
     target = model.get("target")
-    if target not in _TARGETS:
+    if not isinstance(target, str) or target not in _TARGETS:
         raise ValueError(
             f"VQGanVAE: model.target of the yaml must be one of {', '.join(_TARGETS)}, got {target!r}."
             " That is another model."
