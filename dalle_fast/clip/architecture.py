@@ -17,7 +17,7 @@ from dalle_fast.models.state_dicts import some
 HEAD_WIDTH = 64  # OpenAI's, everywhere
 # open_clip's large image towers: model width -> width of a head (H, g, bigG, e)
 _OTHER_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
-_RESNETS = {
+_RESNETS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "RN50", (3, 4, 23, 3): "RN101", (4, 6, 10, 6): "RN50x4", (6, 8, 18, 8): "RN50x16",
     (3, 15, 36, 10): "RN50x64",
 }  # fmt: skip

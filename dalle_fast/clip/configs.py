@@ -108,8 +108,8 @@ def _pixels(directory: Path) -> dict[str, Any]:
     for name in _PIXELS:
         config = read_json(directory / name)
         if config is not None:
-            config = _mapping(config.get("image_processor", config))
-            return _mean_and_std(config.get("image_mean"), config.get("image_std"))
+            pixels = _mapping(config.get("image_processor", config))
+            return _mean_and_std(pixels.get("image_mean"), pixels.get("image_std"))
     return {}
 
 

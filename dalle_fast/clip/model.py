@@ -105,7 +105,7 @@ class PretrainedCLIP(Pretrained):
         if self._together(image):
             logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).t()
             return logits, logits.t()
-        one, other = ([F.normalize(row, dim=-1) for row in rows.split(1)] for rows in (images, texts))
+        one, other = ([F.normalize(row, dim=0) for row in rows] for rows in (images, texts))
         products = [(a * b).sum() for a in one for b in other]
         logits = (torch.stack(products) if products else images.new_zeros(0)).view(len(one), len(other)) * scale
         return logits, logits.t()

@@ -67,7 +67,7 @@ _SAYS_NOTHING = re.compile(r"^(input_resolution|context_length|vocab_size|(text\
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names; of names that nobody here uses, and of thirds without their others, as they came.
 
-    Tensors are views of those given, but for queries, keys and values that come apart.
+    Tensors are those given, but for turned projections, and queries, keys and values that come apart.
     """
     found: dict[str, Tensor] = {}
     apart: dict[str, dict[str, tuple[str, Tensor]]] = {}
@@ -79,7 +79,7 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if part is not None:
             apart.setdefault(ours, {})[part] = (name, tensor)
         elif bare in _TURNED and tensor.dim() == 2:
-            found[ours] = tensor.t()
+            found[ours] = tensor.t().contiguous()  # a product's bits depend on how its matrix lies in memory
         else:
             found[ours] = tensor.reshape(()) if ours == "logit_scale" and tensor.numel() == 1 else tensor
     for ours, parts in apart.items():

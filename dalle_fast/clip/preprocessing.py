@@ -51,7 +51,7 @@ def preprocess(
             return _normalised(_resized(pixels, size), mean, std)
         rows = each_alone(lambda row: _resized(pixels[row : row + 1], size), len(pixels))
         return _normalised(torch.cat(rows), mean, std)
-    if isinstance(pictures, str | bytes) or not all(isinstance(picture, Image.Image) for picture in pictures):
+    if not all(isinstance(picture, Image.Image) for picture in pictures):  # a str's letters, too
         raise TypeError(
             f"clip.preprocess: pictures must be PIL pictures or a tensor in 0..1, got {type(pictures).__name__}. "
             "Open a file with PIL.Image.open."
@@ -82,10 +82,11 @@ def _from_pil(picture: Image.Image, size: int) -> Tensor:
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] -> [B, 3, S, S], in 0..1."""
-    height, width = resized_sides(*pixels.shape[-2:], size)
+    height, width = resized_sides(pixels.shape[-2], pixels.shape[-1], size)
     if pixels.shape[-2:] != (height, width):
-        # with antialias the filter is PIL's; a bicubic filter overshoots at edges, and PIL clips
-        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        # With antialias the filter is PIL's; it overshoots at edges, and PIL clips after rows and after columns.
+        for sides in ((pixels.shape[-2], width), (height, width)):
+            pixels = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = centre(height, width, size)
     return pixels[..., top : top + size, left : left + size]
 

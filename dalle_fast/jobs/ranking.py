@@ -90,7 +90,7 @@ def load_ranker(rank: str, model: DrawingModel) -> Ranker:
         raise ValueError(
             f"sample: rank must be a CLIP's directory or file, or module:function, got {rank!r}, which is neither."
         )
-    module_name, _, path = rank.partition(":")
+    module_name, _, names = rank.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
@@ -98,7 +98,7 @@ def load_ranker(rank: str, model: DrawingModel) -> Ranker:
             f"sample: rank must name a module that Python can import, got {rank!r} ({error}). "
             "Is its folder on PYTHONPATH?"
         ) from None
-    for name in path.split("."):
+    for name in names.split("."):
         found = getattr(found, name, None)
     if not callable(found):
         raise ValueError(f"sample: rank must name a function of {module_name}, got {rank!r}, which is none.")
