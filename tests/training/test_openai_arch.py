@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from data_folders import write_folder
-from tiny_tasks import batch_of, tokenizer_file, vae_config
+from tiny_tasks import batch_of, dalle_config, tokenizer, tokenizer_file, vae_config
 
 from dalle_fast.cli.__main__ import main
 from dalle_fast.models.dalle import DALLE
@@ -15,6 +15,7 @@ from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE
 from dalle_fast.ops.gumbel_codebook import gumbel_codebook
 from dalle_fast.training import schedules
 from dalle_fast.training.config import resolve
+from dalle_fast.training.tasks.dalle import DalleTask
 from dalle_fast.training.tasks.vae import VaeTask
 
 MODEL = {"image_size": 16, "num_tokens": 12, "hidden_dim": 8, "codebook_dim": 6, "blocks_per_group": 1}
@@ -169,3 +170,14 @@ def test_from_pictures_to_a_dalle(tmp_path):
     assert isinstance(DALLE.from_pretrained(tmp_path / "dalle" / "model").vae, OpenAIDiscreteVAE)
     call(*command, "--preset", "small", "--steps", 3, fails="must be left out with arch=openai")
     call(*command, "--steps", 3, "--upstream-checkpoint", tmp_path / "vae.pt", fails="got OpenAIDiscreteVAE")
+
+
+def test_end_to_end_training_reaches_its_encoder_and_decoder(tmp_path):
+    torch.manual_seed(0)
+    vae = OpenAIDiscreteVAE(from_scratch=True, **MODEL)
+    one = DalleTask(dalle_config(end_to_end=True), vae, tokenizer(tmp_path))
+    loss, parts = one.module(batch_of(3), 0, 0.0)
+    loss.backward()
+    assert parts["reconstruction"].isfinite()
+    assert all(p.grad is not None and p.grad.any() for p in vae.parameters())
+    assert {"codes_used", "error_soft"} <= set(one.figures())
