@@ -380,8 +380,9 @@ def test_strange_tensors_are_named() -> None:
         vqgan_from(stored | {"quant_conv.bias": stored["quant_conv.bias"].half()}, yaml_of("vq"))
     with pytest.raises(ValueError, match=r"to_codebook.bias: expected \[16\], found \[4\]"):
         vqgan_from(stored | {"quant_conv.bias": torch.zeros(4)}, yaml_of("vq"))
-    with pytest.raises(ValueError, match=r"must hold encoder.conv_in.weight, a tensor with 4 axes, got one with 1"):
-        vqgan_from(stored | {"encoder.conv_in.weight": torch.zeros(4)}, yaml_of("vq"))
+    for strange in (torch.zeros(4), torch.zeros(4, 0, 3, 3)):
+        with pytest.raises(ValueError, match=r"must hold encoder.conv_in.weight, a tensor with 4 axes, got one \[4"):
+            vqgan_from(stored | {"encoder.conv_in.weight": strange}, yaml_of("vq"))
     with pytest.raises(ValueError, match=r"must hold quantize.embedding.weight, a tensor with 2 axes, got none"):
         vqgan_from({}, image_size=64)
     with pytest.raises(ValueError, match=r"widths of encoder.down must be multiples of .*, 48, got 32, 32, 64"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_vqgans import architecture, pictures, small_vqgan
+from tolerance import assert_same_in_float64
 from torch import nn
 
 import dalle_fast
@@ -164,3 +165,14 @@ def test_pictures_and_codes_that_do_not_fit_are_named() -> None:
         model.get_codebook_indices(pictures(1, 32))
     with pytest.raises(ValueError, match=r"VQGanVAE.decode: ids must be in 0..39, got 40..40"):
         model.decode(torch.full((1, 16), 40))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_sees_and_draws_what_the_cpu_does(kind: str) -> None:
+    model, images = small_vqgan(kind).double().requires_grad_(False), pictures(2).double()
+    codes = model.get_codebook_indices(images)
+    drawn = model.decode(codes)
+    model.cuda()
+    assert torch.equal(model.get_codebook_indices(images.cuda()).cpu(), codes)
+    assert_same_in_float64(model.decode(codes.cuda()).cpu(), drawn, n_terms=128 * 9)

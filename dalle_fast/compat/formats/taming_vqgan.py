@@ -227,8 +227,8 @@ def _count(weights: Mapping[str, Tensor], name: str) -> int:
 
 def _shape(weights: Mapping[str, Tensor], name: str, n_axes: int) -> tuple[int, ...]:
     found = weights.get(name)
-    if not isinstance(found, Tensor) or found.dim() != n_axes:
-        got = f"one with {found.dim()}" if isinstance(found, Tensor) else "none"
+    if not isinstance(found, Tensor) or found.dim() != n_axes or not found.numel():
+        got = f"one {list(found.shape)}" if isinstance(found, Tensor) else "none"
         raise ValueError(f"VQGanVAE: weights must hold {name}, a tensor with {n_axes} axes, got {got}.")
     return tuple(found.shape)
 
