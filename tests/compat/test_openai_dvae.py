@@ -8,8 +8,10 @@ from openai_dvae_files import SIZES, original_state, tiny, write
 from torch import nn
 
 from dalle_fast import DALLE, OpenAIDiscreteVAE
+from dalle_fast.compat.checkpoints import upstream_weights
 from dalle_fast.compat.formats import openai_dvae
 from dalle_fast.compat.formats.base import Companions
+from dalle_fast.compat.loading import load
 from dalle_fast.compat.reading import read
 from dalle_fast.models.saving import Pretrained
 
@@ -255,3 +257,20 @@ def test_a_dalle_trains_with_it_samples_and_is_saved(tmp_path):
     again = DALLE.from_pretrained(tmp_path / "dalle")
     assert isinstance(again.vae, OpenAIDiscreteVAE)
     assert torch.equal(again.generate_images(text, seed=0), drawn)
+
+
+def test_a_dalle_file_of_the_original_brings_it_along(tmp_path):
+    dalle = DALLE(vae=tiny(), **DALLE_SIZES).eval()
+    ours = {name: tensor for name, tensor in upstream_weights(dalle).items() if not name.startswith("vae.")}
+    hparams = DALLE_SIZES | {"attn_types": ("full",), "rotary_emb": True, "shift_tokens": True}
+    checkpoint = {
+        "hparams": hparams, "vae_params": None, "epoch": 0, "version": "1.6.6", "vae_class_name": "OpenAIDiscreteVAE",
+        "weights": ours | {f"vae.{name}": tensor.half() for name, tensor in original_state(dalle.vae).items()},
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "dalle.pt")
+    loaded = load(tmp_path / "dalle.pt").model
+    assert isinstance(loaded.vae, OpenAIDiscreteVAE) and loaded.vae.image_size == 16
+    assert loaded.vae.codebook.weight.dtype == torch.float32
+    loaded.vae.load_state_dict(dalle.vae.state_dict())  # without the rounding to 16 bits
+    text = torch.randint(1, 20, (2, 4))
+    assert torch.equal(loaded.generate_images(text, seed=1), dalle.generate_images(text, seed=1))
