@@ -81,11 +81,10 @@ def sizes_of(
             f"clip.load: {where} must hold the tensors of OpenAI's vision transformer and text transformer; missing: "
             f"{some(missing)}; unknown: {some(unknown)}. Another architecture under the name of CLIP cannot be loaded."
         )
-    for name, dims in _DIMENSIONS.items():
-        tensor = weights[name]
-        if tensor.dim() != dims or not tensor.is_floating_point():
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.dim() != _DIMENSIONS.get(name, tensor.dim()):
             raise ValueError(
-                f"clip.load: {name} in {where} must be floating with {dims} dimensions, got {tensor.dtype} "
+                f"clip.load: {name} in {where} must be floating{_dimensions(name)}, got {tensor.dtype} "
                 f"{list(tensor.shape)}. Is the file damaged, or its weights quantised?"
             )
     patches, positions = weights["image_tower.to_patches.weight"], weights["image_tower.pos_emb"]
@@ -117,6 +116,10 @@ def sizes_of(
 def open_clip_head_width(width: int) -> int:
     """How wide a head of an image tower of this width is, in the models that OpenAI and open_clip published."""
     return _OTHER_HEAD_WIDTHS.get(width, HEAD_WIDTH)
+
+
+def _dimensions(name: str) -> str:
+    return f" with {_DIMENSIONS[name]} dimensions" if name in _DIMENSIONS else ""
 
 
 def _heads(which: str, width: int, given: int | None, head_width: int, where: str) -> int:

@@ -125,10 +125,11 @@ def arguments_of(found: FoundCLIP, weights: Mapping[str, Tensor], **given: Any) 
     assumed = ""
     if "quick_gelu" not in said:
         said["quick_gelu"] = found.format != OPEN_CLIP
-        kind, whose = ("QuickGELU", "OpenAI's") if said["quick_gelu"] else ("the exact GELU", "open_clip's")
+        openai = ("QuickGELU", "OpenAI's models have")
+        kind, whose = openai if said["quick_gelu"] else ("the exact GELU", "most of open_clip's have")
         assumed = (
-            f"clip.load: {found.path} does not say which GELU it was trained with: {kind} is assumed, as {whose} "
-            "models have mostly. Pass quick_gelu, or say quickgelu or open_clip in the file's name."
+            f"clip.load: {found.path} does not say which GELU it was trained with: {kind} is assumed, which {whose}. "
+            "Pass quick_gelu, or say quickgelu or open_clip in the file's name."
         )
     heads = {name: said.pop(name, None) for name in ("vision_heads", "text_heads")}
     return sizes_of(weights, str(found.path), **heads) | said, assumed

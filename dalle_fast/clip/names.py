@@ -65,7 +65,7 @@ _SAYS_NOTHING = re.compile(r"^(input_resolution|context_length|vocab_size|(text\
 
 
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our names; of names that nobody here uses, and of thirds without their others, as they came.
+    """Tensors under our names; of names that nobody here uses, and of thirds that do not fit together, as they came.
 
     Tensors are those given, but for turned projections, and queries, keys and values that come apart.
     """
@@ -83,8 +83,10 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[ours] = tensor.reshape(()) if ours == "logit_scale" and tensor.numel() == 1 else tensor
     for ours, parts in apart.items():
-        if len(parts) == len(_SPLIT):
-            found[ours] = torch.cat([parts[part][1] for part in _SPLIT])
+        thirds = [parts[part][1] for part in _SPLIT if part in parts]
+        alike = len({(t.shape, t.dtype) for t in thirds}) == 1 and thirds[0].dim() > 0
+        if len(thirds) == len(_SPLIT) and alike:
+            found[ours] = torch.cat(thirds)
         else:
             found.update(parts.values())
     return found

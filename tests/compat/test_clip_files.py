@@ -312,6 +312,10 @@ def changed(**changes):
         (lambda: changed(**{"ln_final.bias": torch.zeros(3)}), r"norm_out.bias: expected \[64\], found \[3\]"),
         (lambda: changed(**{"token_embedding.weight": torch.zeros(())}), r"with 2 dimensions, got torch.float32 \[\]"),
         (lambda: changed(positional_embedding=torch.zeros(16, 64).char()), "must be floating with 2 dim"),
+        (
+            lambda: changed(**{"ln_final.bias": torch.zeros(64).char()}),
+            r"norm_out\.bias .* must be floating, got torch.int8",
+        ),
         (lambda: {"one": torch.zeros(1)}, "must be a CLIP of OpenAI, open_clip or Hugging Face, got"),
     ],
 )

@@ -12,7 +12,7 @@ from dalle_fast.clip import (
     load,
     openai_state_dict,
 )
-from dalle_fast.clip.names import to_ours
+from dalle_fast.clip.names import to_openai, to_ours
 from dalle_fast.models.clip import CLIP
 
 
@@ -45,6 +45,24 @@ def test_hugging_face_to_ours_to_hugging_face_is_bit_for_bit(tmp_path):
     twin.save_pretrained(tmp_path)
     model = load(tmp_path)
     assert equal(hugging_face_state_dict(model), twin.state_dict())
+
+
+@pytest.mark.parametrize("third", [torch.zeros(()), torch.zeros(95, 96), torch.zeros(96, 96).half(), None])
+def test_thirds_that_do_not_fit_together_stay_apart(third, tmp_path):
+    block = "vision_model.encoder.layers.0.self_attn"
+    weights = dict(hugging_face_twin().state_dict()) | {f"{block}.k_proj.weight": third}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    assert f"{block}.q_proj.weight" in to_ours(weights)
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"missing: image_tower\.blocks\.0\.to_qkv\.weight; unknown: vision_model"):
+        load(tmp_path / "weights.pt", quick_gelu=True, vision_heads=2)
+
+
+def test_sizes_by_default_are_those_of_vit_b_32():
+    with torch.device("meta"):
+        weights = to_openai(PretrainedCLIP().state_dict())
+    # of the model that OpenAI published
+    assert (len(weights), sum(tensor.numel() for tensor in weights.values())) == (302, 151_277_313)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
