@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from openai_dvae_files import SIZES, original_state, tiny, write
+from tolerance import assert_same_in_float64
 from torch import nn
 
 from dalle_fast import DALLE, OpenAIDiscreteVAE
@@ -274,3 +275,24 @@ def test_a_dalle_file_of_the_original_brings_it_along(tmp_path):
     loaded.vae.load_state_dict(dalle.vae.state_dict())  # without the rounding to 16 bits
     text = torch.randint(1, 20, (2, 4))
     assert torch.equal(loaded.generate_images(text, seed=1), dalle.generate_images(text, seed=1))
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_and_draws_what_the_cpu_does():
+    model, images = tiny().double().requires_grad_(False), pictures().double()
+    codes = model.get_codebook_indices(images)
+    drawn = model.decode(codes)
+    model.cuda()
+    assert torch.equal(model.get_codebook_indices(images.cuda()).cpu(), codes)
+    # 36 convolutions, the longest of 64 * 9 terms
+    assert_same_in_float64(model.decode(codes.cuda()).cpu(), drawn, n_terms=36 * 64 * 9)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_it_in_mixed_precision():
+    model, images = tiny().cuda().train(), pictures(4).cuda()
+    with torch.autocast("cuda", dtype=torch.float16):
+        loss = model(images, return_loss=True, seed=1)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
