@@ -70,7 +70,7 @@ def inflated(buffer: mmap.mmap, record: Record) -> Tensor:
     Raises: Damaged (they are more or fewer than it says).
     """
     whole = torch.empty(record.size, dtype=torch.uint8)
-    target, written = memoryview(whole.numpy()), 0
+    target, written = whole.numpy().data, 0
     for piece in _pieces(buffer, record):
         if written + len(piece) > record.size:
             raise Damaged("has a record that unpacks to more than it says")

@@ -101,7 +101,7 @@ class _Bytes:
             return self._whole[first : first + n_bytes].view(dtype)
         self.count_copy(n_bytes)
         copied = torch.empty(n_bytes, dtype=torch.uint8)
-        target, done = memoryview(copied.numpy()), 0
+        target, done = copied.numpy().data, 0
         while done < n_bytes:  # from the file, not the map: its pages would count twice
             n = os.preadv(self.descriptor, [target[done : done + (1 << 28)]], first + done)
             if n == 0:

@@ -56,7 +56,7 @@ class _Frame:
             self.children = iter((value.args, value.state))
         elif isinstance(value, dict):
             self.children = iter(value.values())
-        elif isinstance(value, _CONTAINERS):
+        elif isinstance(value, list | tuple | set | frozenset):
             self.children = iter(value)
 
     def take(self, depth: int, size: int) -> None:

@@ -296,7 +296,7 @@ def _unescaped(line: bytes) -> bytes:
     """The bytes of a Python 2 string literal."""
     if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
         raise Damaged("has a text without quotes in its pickle")
-    return codecs.escape_decode(line[1:-1])[0]  # type: ignore[attr-defined]
+    return codecs.escape_decode(line[1:-1])[0]
 
 
 _STOP = ord(".")

@@ -170,7 +170,7 @@ def redraw(path: Path, index: int, *, model_dir: Path | None = None) -> tuple[Te
     directory = Path(record.model) if model_dir is None else model_dir
     if not directory.exists():
         raise FileNotFoundError(
-            f"sample: the model of sample {index} must be where it was, got none at {directory}. Name it with --model."
+            f"sample: the model of sample {index} must be there, found none at {directory}. Name it with --model."
         )
     job = replace(_job_of(records), model=str(directory))
     drawn = Drawer(job, known=_known_of(record, path)).draw(0)

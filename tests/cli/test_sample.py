@@ -248,7 +248,7 @@ class TestWhatItTells:
         assert done.stdout.splitlines()[-1] == "False"
         for group in ("Prompts:", "The job:", "The model:", "Drawing:", "Flags of the original's generate.py:"):
             assert f"\n{group}\n" in done.stdout
-        assert all(flag in done.stdout for flag in ORIGINAL_FLAGS) and "\n  --model DIR  " in done.stdout
+        assert all(flag in done.stdout for flag in ORIGINAL_FLAGS) and "\n  --model DIR|FILE  " in done.stdout
 
 
 class TestOnePictureAgain:

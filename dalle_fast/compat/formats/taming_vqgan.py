@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dalle_fast.compat.formats.base import Companions, Description, Format
 from dalle_fast.models.state_dicts import some
+from dalle_fast.models.unfilled import unfilled
 from dalle_fast.models.vqgan import WHERE_FROM, VQGanArchitecture, VQGanVAE
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def vqgan_from(
     Raises: ValueError (not the weights of such a VQGAN, a yaml of another one, no image size).
     """
     architecture = architecture_of(state_dict, config, image_size=image_size)
-    with torch.device("meta"):
+    with unfilled():
         model = VQGanVAE(architecture=architecture)
     check_names(model, state_dict)
     model.load_state_dict(state_dict, assign=True)
@@ -364,7 +365,7 @@ def _typical_keys() -> frozenset[str]:
     """Of both kinds, numbers replaced by N."""
     shape = {"image_size": 64, "channels": 3, "num_tokens": 1, "codebook_dim": 1, "z_channels": 1, "hidden_dim": 32}
     levels = {"multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": (1,)}
-    with torch.device("meta"):
+    with unfilled():
         models = [VQGanVAE(architecture={**shape, **levels, "quantizer": kind}) for kind in ("vq", "gumbel")]
     return frozenset(re.sub(r"\.\d+\.", ".N.", name) for model in models for name in taming_names(model).values())
 
