@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dalle_fast.models.alone import each_alone, in_float32
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.state_dicts import some
+from dalle_fast.models.unfilled import unfilled
 from dalle_fast.models.vae_protocol import check_pictures, side_of_codes
 from dalle_fast.models.vqgan_blocks import GROUPS, Decoder, Encoder
 from dalle_fast.ops.codebook_indices import codebook_indices
@@ -157,7 +158,7 @@ class VQGanVAE(Pretrained):
 
         config = taming_vqgan.read_config(config_path)
         state_dict = taming_vqgan.weights_of(read(model_path))
-        with torch.device("meta"):
+        with unfilled():
             self._build(taming_vqgan.architecture_of(state_dict, config, image_size=image_size))
         taming_vqgan.check_names(self, state_dict)
         self.load_state_dict(state_dict, assign=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import subprocess
 import sys
 import types
 from collections import OrderedDict
@@ -264,6 +265,12 @@ def test_format_knows_describes_and_loads(tmp_path: Path) -> None:
     assert not FORMAT.matches(read(tmp_path))
     save_file(weights("gumbel"), tmp_path / "model.safetensors")
     assert_same_model(FORMAT.load(read(tmp_path / "model.safetensors"), Companions(yaml=config)), "gumbel")
+
+
+def test_knowing_the_format_is_quick() -> None:
+    """The typical keys are those of a model: building it draws no weights, and imports no compiler of torch's."""
+    code = "import sys, dalle_fast.compat.formats.taming_vqgan; print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_typical_keys_cover_published_ones() -> None:
