@@ -9,6 +9,7 @@ import pytest
 import torch
 from record_releases import ALL_TYPES, HPARAMS, inputs, recorded
 
+from dalle_fast import _extension
 from dalle_fast.compat.formats.base import Companions
 from dalle_fast.compat.formats.dalle_pytorch import describe_dalle, load_dalle
 from dalle_fast.compat.formats.recognise import recognise
@@ -17,6 +18,7 @@ from dalle_fast.compat.reading import read
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
 
+MISSING = _extension.missing()
 # shift_tokens, rotary_emb
 OPTIONS = {
     "0.9.0": (False, False),
@@ -108,6 +110,21 @@ def test_a_saved_one_is_the_same(tmp_path):
     load_dalle(checkpoint, Companions(), tmp_path).save_pretrained(tmp_path / "model")
     with torch.no_grad():
         torch.testing.assert_close(DALLE.from_pretrained(tmp_path / "model")(*inputs()), logits)
+
+
+@pytest.mark.parametrize("release", ["0.12.1", "1.4.0"])
+def test_an_old_model_draws_the_same_codes_on_every_engine(release):
+    if MISSING:
+        pytest.skip(MISSING.removeprefix("missing: "))
+    model = load_dalle(recorded(release)[0], Companions(), None)
+    text, _ = inputs()
+    drawn = [
+        model.generate_images(text, temperature=0, engine=engine, return_tokens=True)[1] for engine in ("cpu", "eager")
+    ]
+    assert torch.equal(*drawn)
+    with torch.no_grad():
+        logits = model(text, drawn[0])[:, text.shape[1] :]
+    assert torch.equal(logits.argmax(-1) - model.num_text_tokens, drawn[0])  # as in one pass over all of them
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
