@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import io
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
+from dalle_fast.compat.formats.taming_vqgan import taming_names
 from dalle_fast.models.vqgan import VQGanVAE
 
 TARGETS = {"vq": "taming.models.vqgan.VQModel", "gumbel": "taming.models.vqgan.GumbelVQ"}
@@ -93,6 +97,27 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def small_vqgan(kind: str, **changes: Any) -> VQGanVAE:
     """16 ("vq") or 64 ("gumbel") codes of 40 a picture of 64 x 64."""
     return randomised(VQGanVAE(architecture=architecture(kind, **changes))).eval()
+
+
+def weights(kind: str, **changes: object) -> dict[str, torch.Tensor]:
+    """A small VQGAN's state dict under taming-transformers' names."""
+    model = small_vqgan(kind, **changes) if changes else known_model(kind)
+    names = taming_names(model)
+    return {names[name]: tensor for name, tensor in model.state_dict().items()}
+
+
+@functools.cache
+def known_model(kind: str) -> VQGanVAE:
+    """One for all tests; they only read it."""
+    return small_vqgan(kind)
+
+
+def checkpoint(folder: Path, kind: str, **extras: object) -> tuple[Path, Path]:
+    """A .ckpt of a state dict, with what else is said, and its .yaml."""
+    model, config = folder / "last.ckpt", folder / "model.yaml"
+    torch.save({"state_dict": weights(kind), **extras}, model)
+    config.write_text(yaml.safe_dump(yaml_of(kind)))
+    return model, config
 
 
 def pictures(batch: int, size: int = 64) -> Tensor:
