@@ -28,6 +28,7 @@ from dalle_fast.models.alone import each_alone, in_float32, widened
 from dalle_fast.models.dvae import ForwardStatistics
 from dalle_fast.models.logit_laplace import logit_laplace_loss, map_pixels, unmap_pixels
 from dalle_fast.models.saving import PathLike, Pretrained
+from dalle_fast.models.unfilled import unfilled
 from dalle_fast.models.vae_protocol import check_pictures, side_of_codes
 from dalle_fast.ops.codebook_indices import codebook_indices
 from dalle_fast.ops.gumbel_codebook import gumbel_codebook
@@ -143,7 +144,7 @@ class OpenAIDiscreteVAE(Pretrained):
                 raise ValueError(
                     f"{_NAME}: {name} must be as in the files, {getattr(found, name)}, got {value}. Leave it out."
                 )
-        with torch.device("meta"):
+        with unfilled():
             self._build(found)
         self.load_state_dict(tensors, assign=True)
         self.requires_grad_(False).eval()

@@ -24,6 +24,7 @@ from dalle_fast.compat.reading import Node, Stored, read, state_dict_of
 from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE, Sizes
 from dalle_fast.models.saving import PathLike
 from dalle_fast.models.state_dicts import some
+from dalle_fast.models.unfilled import unfilled
 
 CACHE = Path("~/.cache/dalle")  # where the original's class keeps them
 _SOURCE = "https://cdn.openai.com/dall-e/"
@@ -94,7 +95,7 @@ def openai_dvae_from(state_dict: Mapping[str, Tensor], *, image_size: int = 256)
     tensors = dict(state_dict)
     tensors.update(our_names(tensors))
     sizes = sizes_of(tensors)
-    with torch.device("meta"):
+    with unfilled():
         model = OpenAIDiscreteVAE(from_scratch=True, image_size=image_size, **vars(sizes))
     own = model.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
