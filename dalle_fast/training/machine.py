@@ -144,6 +144,17 @@ def settle_order_of_sums(prepared: nn.Module) -> None:
         parameter.grad = None
 
 
+def part(accelerator: Accelerator) -> None:
+    """Ends what the processes share; all of them call it.
+
+    gloo's threads drop the tensors of a collective after it is over, and need the interpreter for those that Python
+    made. Near the end of the interpreter that aborts the process, or stops it for good. A barrier has no such tensors,
+    and gives the threads the time to be done with the others.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def any_number_of_processes(accelerator: Accelerator) -> None:
     """Checkpoints without the prefix that DDP gives to names: one, two or eight processes read them."""
 

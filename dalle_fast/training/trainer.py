@@ -29,7 +29,13 @@ from dalle_fast.training.agreement import main_does
 from dalle_fast.training.checkpoints import CHECKPOINTS, DEAD_WORKER, Checkpoints, claim
 from dalle_fast.training.config import TrainConfig
 from dalle_fast.training.ema import MovingAverage
-from dalle_fast.training.machine import WholeModule, any_number_of_processes, make_accelerator, settle_order_of_sums
+from dalle_fast.training.machine import (
+    WholeModule,
+    any_number_of_processes,
+    make_accelerator,
+    part,
+    settle_order_of_sums,
+)
 from dalle_fast.training.meter import Meter
 from dalle_fast.training.optimisers import make_optimiser
 from dalle_fast.training.schedules import Plateau, learning_rate
@@ -81,7 +87,7 @@ def run(
         training = _Training(accelerator, task, source, config, out, micro_batch, stop, on_log)
         stack.callback(training.close)
         result = training.run()
-    accelerator.end_training()
+    part(accelerator)
     return result
 
 

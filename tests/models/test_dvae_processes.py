@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from tolerance import assert_same_in_float64
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import meeting
 
 from dalle_fast import DiscreteVAE
 
@@ -40,10 +40,9 @@ def trained(model, quantizer, first=0, last=4):
 
 
 def one_of_two(rank, quantizer, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    state = trained(DistributedDataParallel(vae(quantizer)), quantizer, 2 * rank, 2 * rank + 2)
-    torch.save(state, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with meeting(rank, folder):
+        state = trained(DistributedDataParallel(vae(quantizer)), quantizer, 2 * rank, 2 * rank + 2)
+        torch.save(state, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.long

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from tolerance import assert_same_in_float64
-from torch import distributed
 from torch.utils.checkpoint import checkpoint
+from two_processes import meeting
 
 from dalle_fast.models.quantiser import VectorQuantiser, spread_sample
 
@@ -261,10 +261,9 @@ SETTINGS = {"num_codes": 15, "placed": False, "decay": 0.5, "revive_below": 0.4}
 
 
 def one_of_two(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = train(quantiser(**SETTINGS), uneven(BATCHES, rank))
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with meeting(rank, folder):
+        model = train(quantiser(**SETTINGS), uneven(BATCHES, rank))
+        torch.save(model.state_dict(), f"{folder}/{rank}.pt")
 
 
 def test_two_processes_teach_what_one_with_the_whole_batch_does(tmp_path):

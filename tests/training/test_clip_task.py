@@ -5,6 +5,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny_tasks import WORDS, batch_of, clip_config, tokenizer, tokenizer_file
 from torch import distributed
+from two_processes import meeting
 
 from dalle_fast.models.clip import CLIP
 from dalle_fast.training.tasks.clip import ClipTask, latents, text_mask
@@ -43,15 +44,14 @@ def test_an_empty_text_has_a_token():
 
 
 def gradients_of(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    one = task(batch=6)
-    loss, _ = one.module(batch_of(3, first=3 * rank), 0, 0.0)
-    loss.backward()
-    for _, parameter in one.parameters_for():  # as DistributedDataParallel
-        distributed.all_reduce(parameter.grad)
-        parameter.grad /= 2
-    torch.save((loss.detach(), {name: p.grad for name, p in one.parameters_for()}), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with meeting(rank, folder):
+        one = task(batch=6)
+        loss, _ = one.module(batch_of(3, first=3 * rank), 0, 0.0)
+        loss.backward()
+        for _, parameter in one.parameters_for():  # as DistributedDataParallel
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        torch.save((loss.detach(), {name: p.grad for name, p in one.parameters_for()}), f"{folder}/{rank}.pt")
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one_with_the_whole_batch(tmp_path):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch import distributed
 from torch.utils.flop_counter import FlopCounterMode
+from two_processes import meeting
 
 from dalle_fast import DiscreteVAE
 from dalle_fast.models.dvae import ForwardStatistics
@@ -123,9 +123,8 @@ def test_products_of_the_log_are_few_beside_those_of_training(batch, n_blocks):
 
 
 def rows_of_two(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(row_of(rank), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with meeting(rank, folder):
+        torch.save(row_of(rank), f"{folder}/{rank}.pt")
 
 
 def row_of(rank=None):

@@ -5,6 +5,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny_tasks import WORDS, batch_of, dalle_config, vae, vae_config
 from torch import distributed
+from two_processes import meeting
 
 from dalle_fast.training.tasks.dalle import DalleTask
 from dalle_fast.training.tasks.vae import VaeTask
@@ -29,21 +30,20 @@ def tasks():
 def losses_of(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = distributed.init_device_mesh("cpu", (2,))
-    found = {}
-    for name, task in tasks().items():
-        for layer in [m for m in task.module.modules() if type(m).__name__ == "Branch"]:
-            fully_shard(layer, mesh=mesh)
-        module = fully_shard(task.module, mesh=mesh)
-        loss, _ = module(batch_of(2, first=2 * rank), 0, 0.0)
-        loss.backward()
-        mean = loss.detach() / 2
-        distributed.all_reduce(mean)
-        gradients = {n: p.grad.full_tensor() for n, p in task.parameters_for()}
-        found[name] = mean, gradients
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with meeting(rank, folder):
+        mesh = distributed.init_device_mesh("cpu", (2,))
+        found = {}
+        for name, task in tasks().items():
+            for layer in [m for m in task.module.modules() if type(m).__name__ == "Branch"]:
+                fully_shard(layer, mesh=mesh)
+            module = fully_shard(task.module, mesh=mesh)
+            loss, _ = module(batch_of(2, first=2 * rank), 0, 0.0)
+            loss.backward()
+            mean = loss.detach() / 2
+            distributed.all_reduce(mean)
+            gradients = {n: p.grad.full_tensor() for n, p in task.parameters_for()}
+            found[name] = mean, gradients
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.long
