@@ -1,7 +1,7 @@
 """What the README of dalle-pytorch 1.6.6 shows runs after replacing the package's name; sizes are smaller here.
 
-Its sections, in its order. Left out: OpenAIDiscreteVAE and VQGanVAE (they need downloaded weights; tests/compat has their twins), and `mask=` of
-generate_images, which 1.6.6 itself no longer takes.
+Its sections, in its order. Left out: OpenAIDiscreteVAE and VQGanVAE (they need downloaded weights; tests/compat has
+their twins), and `mask=` of generate_images, which 1.6.6 itself no longer takes.
 """
 
 import math
