@@ -56,7 +56,8 @@ def convert(
     click.echo(f"{out}: a {name} of {n_values:,} values, from {loaded.description.format}.")
     if loaded.problem:
         click.echo(f"It has no tokenizer yet. {loaded.problem}", err=True)
-    click.echo(_next(name, out))
+    else:
+        click.echo(_next(name, out))
 
 
 def _check_out(out: Path, source: Path) -> None:

@@ -48,7 +48,7 @@ def _sizes(stored: Stored) -> dict[str, Any]:
     """How many values there are, and of what."""
     from dalle_fast.compat.measuring import tensors_in
 
-    tensors = tensors_in(stored)
+    tensors, others = tensors_in(stored)
     dtypes: dict[str, int] = {}
     for tensor in tensors:
         name = str(tensor.dtype).removeprefix("torch.")
@@ -57,6 +57,7 @@ def _sizes(stored: Stored) -> dict[str, Any]:
     return {
         "container": stored.container, "bytes": sum(path.stat().st_size for path in files),
         "tensors": len(tensors), "values": sum(dtypes.values()), "dtypes": dtypes,
+        "other_values": sum(tensor.numel() for tensor in others),
     }  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def _tell(facts: dict[str, Any], as_json: bool) -> None:
     lines["container"] = f"{facts['container']}, {facts['bytes']:,} bytes"
     dtypes = ", ".join(f"{n:,} {dtype}" for dtype, n in facts["dtypes"].items())
     lines["values"] = f"{facts['values']:,} in {facts['tensors']:,} tensors" + (f": {dtypes}" if dtypes else "")
+    if facts["other_values"]:
+        lines["values"] += f"; {facts['other_values']:,} others, of a trainer's state"
     if facts.get("architecture"):
         lines["arguments"] = ", ".join(f"{key}={_short(value)}" for key, value in facts["architecture"].items())
     click.echo(facts["path"])

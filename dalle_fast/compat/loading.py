@@ -107,8 +107,8 @@ def _tokenizer_of(model: Any, named: Path | None) -> tuple[Any, str]:
     except (FileNotFoundError, RuntimeError) as error:
         return None, str(error)
     return None, (
-        f"load: a model of {size} text tokens needs the tokenizer it was trained with, got none. It is the file that "
-        "was given to its training as --bpe_path; name it with --tokenizer, or put it beside the model, tokenizer.json."
+        f"load: a model of {size} text tokens needs the tokenizer it was trained with, got none. It is the file "
+        "given to its training as --bpe_path: name it with --tokenizer, or put it beside the file as tokenizer.json."
     )
 
 

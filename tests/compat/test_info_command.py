@@ -37,8 +37,10 @@ def test_a_dalle_of_the_original():
     assert facts["kind"] == "DALLE" and facts["runs"] is True and facts["problem"] == ""
     assert facts["container"] == "zip" and facts["bytes"] == (FOLDER / "checkpoint_dalle.pt").stat().st_size
     assert facts["architecture"]["dim"] == theirs["hparams"]["dim"]
-    assert facts["values"] >= sum(tensor.numel() for tensor in theirs["weights"].values()) * 0.9
-    assert "float32" in facts["dtypes"]
+    assert facts["values"] == sum(tensor.numel() for tensor in theirs["weights"].values())
+    assert facts["dtypes"] == {"float32": facts["values"]}
+    moments = theirs["opt_state"]["state"].values()
+    assert facts["other_values"] == sum(v.numel() for state in moments for v in state.values() if torch.is_tensor(v))
 
 
 def test_a_vae_of_the_original_and_a_directory_of_ours(tmp_path):

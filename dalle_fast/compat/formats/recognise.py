@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from dalle_fast.models.state_dicts import some
 
 # Where trainers put the state dict.
 _INSIDE = ("state_dict", "weights", "module", "model", "ema", "model_state_dict")
+_DEEPEST = 3  # of dicts in dicts
 _PREFIX = "module."
 
 
@@ -35,7 +36,7 @@ def recognise(stored: Stored) -> Format:
 
 def keys_of(data: Any) -> list[str]:
     """Names of the tensors in a file, of the state dict where there are several dicts; its other keys where none."""
-    tensors = list(_state_dict(data))
+    tensors = list(weights_of(data))
     if tensors or not isinstance(data, Mapping):
         return tensors
     return [str(key) for key in data if isinstance(key, str | int)]
@@ -59,16 +60,17 @@ def nearest(keys: list[str]) -> tuple[Format | None, list[str]]:
     return best, [key for key, pattern in patterns.items() if pattern not in best.keys]
 
 
-def _state_dict(data: Any) -> Iterator[str]:
-    if isinstance(data, Node):
-        yield from state_dict_of(data)
-    elif isinstance(data, Mapping):
+def weights_of(data: Any) -> dict[str, Tensor]:
+    """The state dict in a file's data, wherever trainers put it; empty where there is none."""
+    for _ in range(_DEEPEST):
+        if isinstance(data, Node):
+            return state_dict_of(data)
+        if not isinstance(data, Mapping):
+            break
         if any(isinstance(value, Tensor) for value in data.values()):
-            yield from (key for key, value in data.items() if isinstance(key, str) and isinstance(value, Tensor))
-            return
-        inner = next((data[name] for name in _INSIDE if isinstance(data.get(name), Mapping | Node)), None)
-        if inner is not None:
-            yield from _state_dict(inner)
+            return {key: value for key, value in data.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        data = next((data[name] for name in _INSIDE if isinstance(data.get(name), Mapping | Node)), None)
+    return {}
 
 
 def _told(stored: Stored) -> str:
