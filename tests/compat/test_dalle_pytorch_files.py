@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -15,7 +16,7 @@ from dalle_fast.compat.checkpoints import upstream_checkpoint, upstream_weights,
 from dalle_fast.compat.formats.base import Companions
 from dalle_fast.compat.formats.dalle_pytorch import load_dalle, vae_class
 from dalle_fast.compat.formats.recognise import UnknownLayout, recognise
-from dalle_fast.compat.reading import read
+from dalle_fast.compat.reading import Stored, read
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
 
@@ -282,6 +283,55 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape_are_named(tmp_path
         made(saved({**checkpoint, "weights": weights | {"transformer.pos_emb": torch.zeros(1, 20, 24)}}, tmp_path))
     with pytest.raises(ValueError, match=r"must hold arguments of a DiscreteVAE, got depth"):
         made(saved({**checkpoint, "vae_params": VAE | {"depth": 3}}, tmp_path))
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    10**9,
+    10**18,
+    1.5,
+    "x",
+    b"y",
+    (),
+    {},
+    ("full", "mlp"),
+    [1],
+    torch.zeros(2),
+    torch.zeros(2, 2, 2),
+)
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: f"{value!r:.12}".replace("\n", " "))
+def test_any_value_in_any_place_is_loaded_or_refused_before_it_costs_memory(value, tmp_path):
+    """10**9 layers, heads, blocks or codes are not built to find out that the weights have others."""
+    for place in ("hparams", "vae_params", "weights"):
+        checkpoint, _ = recorded("1.1.2" if value != b"y" else "0.9.0")
+        for key in list(checkpoint[place])[:: 1 if place != "weights" else 9]:
+            changed = {**checkpoint, place: {**checkpoint[place], key: value}}
+            stored = Stored(tmp_path / "dalle.pt", "zip", changed)
+            with contextlib.suppress(ValueError):
+                known = recognise(stored)
+                known.describe(stored)
+                known.load(stored, Companions())
+    for place in ("hparams", "vae_params", "weights"):
+        stored = Stored(tmp_path / "dalle.pt", "zip", {**recorded("1.1.2")[0], place: value})
+        with contextlib.suppress(ValueError):
+            recognise(stored).load(stored, Companions())
+
+
+def test_sizes_that_are_not_those_of_the_weights_are_named(tmp_path):
+    checkpoint = upstream_checkpoint(dalle())
+    for place, key, value, sentence in (
+        ("hparams", "depth", 10**9, "got depth = 1000000000 and weights of 4"),
+        ("hparams", "heads", 4, r"got heads \* dim_head = 48 and weights of 24"),
+        ("hparams", "dim", 32, "got dim = 32 and weights of 24"),
+        ("vae_params", "num_resnet_blocks", 10**9, "got num_resnet_blocks = 1000000000 and weights of 0"),
+        ("vae_params", "num_layers", 3, "got num_layers = 3 and weights of 2"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            made(saved({**checkpoint, place: {**checkpoint[place], key: value}}, tmp_path))
 
 
 def test_other_dicts_are_no_dalle(tmp_path):

@@ -11,14 +11,15 @@ VQGAN (vae.model). It is float32 here, also where the file holds it in 16 bits.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from dalle_fast.compat.formats.base import Companions, Description, Format
-from dalle_fast.compat.formats.releases import Built, built
+from dalle_fast.compat.formats.releases import Built, built, check_contents
 from dalle_fast.compat.reading import Stored
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
@@ -29,6 +30,8 @@ from dalle_fast.models.unfilled import unfilled
 DALLE_FORMAT = "dalle_pytorch DALLE (.pt)"
 VAE_FORMAT = "dalle_pytorch DiscreteVAE (.pt)"
 ALONE_FORMAT = "weights of a dalle_pytorch DALLE, without its arguments"
+_Model = TypeVar("_Model", DALLE, DiscreteVAE)
+_HALVING, _BLOCK = (re.compile(rf"encoder\.\d+\.{end}\.weight") for end in ("0", r"net\.0"))
 _VAE_CLASSES = {"vae.enc.": "OpenAIDiscreteVAE", "vae.model.": "VQGanVAE", "vae.codebook.": "DiscreteVAE"}
 _NO_ARGUMENTS = (
     "it holds weights without hparams, and heads, attn_types and others cannot be told from weights. Save it again as"
@@ -47,8 +50,7 @@ def load_dalle(checkpoint: Mapping[str, Any], companions: Companions, where: Pat
     if made.problem:
         raise ValueError(f"{where}: must be a model that we can run, got one of {made.release}: {made.problem}.")
     vae = _vae(checkpoint, made, companions, where)
-    with unfilled():
-        model = DALLE(vae=vae, **made.arguments)
+    model = _unfilled(DALLE, where, vae=vae, **made.arguments)
     own = model.state_dict(keep_vars=True)
     inside = {name: tensor.detach() for name, tensor in own.items() if name.startswith("vae.")}
     outside = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
@@ -63,7 +65,7 @@ def describe_dalle(checkpoint: Mapping[str, Any], layout: str) -> Description:
     weights = checkpoint["weights"]
     arguments = dict(made.arguments)
     if isinstance(types := arguments.get("attn_types"), tuple):
-        arguments["attn_types"] = [name.partition(" layout=")[0] for name in types]
+        arguments["attn_types"] = [str(name).partition(" layout=")[0] for name in types]
     outside = [tensor for name, tensor in weights.items() if not name.startswith("vae.")]
     sizes = {"num_image_tokens": made.num_image_tokens, "image_grid": "{} x {}".format(*made.grid)}
     architecture: dict[str, object] = {
@@ -162,13 +164,33 @@ def _needed_vae(made: Built) -> str:
 
 def load_vae(hparams: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> DiscreteVAE:
     """A DiscreteVAE with these tensors, frozen by nobody, in evaluation mode. Raises ValueError."""
+    if not isinstance(hparams, Mapping):
+        raise ValueError(f"{where}: must hold the arguments of its DiscreteVAE, got {type(hparams).__name__}.")
+    check_contents(hparams, tensors)
     unknown = sorted(set(hparams) - set(inspect.signature(DiscreteVAE.__init__).parameters) - {"self"})
     if unknown:
         raise ValueError(f"{where}: must hold arguments of a DiscreteVAE, got {some(unknown)}. Is it such a file?")
-    with unfilled():
-        vae = DiscreteVAE(**hparams)
+    for name, default, pattern in (("num_layers", 3, _HALVING), ("num_resnet_blocks", 0, _BLOCK)):
+        found = sum(pattern.fullmatch(key) is not None for key in tensors)
+        said = hparams.get(name, default)
+        if said != found:
+            raise ValueError(
+                f"{where}: hparams must be those of the weights, got {name} = {said!r} and weights of {found}. "
+                "Do they belong together?"
+            )
+    vae = _unfilled(DiscreteVAE, where, **hparams)
     _fill(vae, tensors, where)
     return vae.eval()
+
+
+def _unfilled(cls: type[_Model], where: Path, **arguments: Any) -> _Model:
+    """A model without values. Raises ValueError (impossible arguments)."""
+    try:
+        with unfilled():
+            return cls(**arguments)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: no tensor is that large
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"{where}: must hold the arguments of a {cls.__name__}, got others ({said}).") from None
 
 
 def _fill(model: Pretrained, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -37,6 +37,7 @@ from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.rotary import rotary_angles
 from dalle_fast.models.state_dicts import some
 
+_LAYER = re.compile(r"transformer\.layers\.(?:layers|blocks)\.(\d+)\.")
 TYPES = ("full", "sparse", "axial_row", "axial_col", "conv_like")
 CENTRED_CONV = "paper_conv kernel=5 wrap=none"  # conv_like before 1.5.0
 _UP_LEFT_SINCE = (1, 5)
@@ -73,6 +74,7 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
     Args: hparams, weights, version: what the file holds under these names.
     Raises: ValueError (tensors that belong to no DALLE, or contradict each other).
     """
+    check_contents(hparams, weights)
     wrapping = wrapping_of(weights).get("transformer.")
     if wrapping is None:
         raise ValueError("dalle_pytorch: weights must hold transformer.layers, got none. Is the file a DALLE?")
@@ -84,6 +86,7 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
         return Built("0.8.0 to 0.8.3", dict(hparams), problem=_NO_PADDING_IDS)
     release = _release(weights, wrapping, version)
     grid = _grid(weights, text_len)
+    num_image_tokens = len(_head(weights)) - vocabulary - (text_len - 1)
     arguments = {
         **hparams,
         "reversible": wrapping.reversible,
@@ -92,12 +95,33 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
         "sandwich_norm": any(name.startswith("transformer.") and ".norm_out." in name for name in weights),
         "share_input_output_emb": "text_emb.linear.weight" in weights,
     }
-    problem = _refused(arguments) or _other_angles(weights, arguments, text_len, grid)
+    problem = _refused(arguments)
+    if not problem:
+        _check_sizes(arguments, weights, num_image_tokens)
+        problem = _other_angles(weights, arguments, text_len, grid)
     if not problem:
         layouts = block_layouts(weights)
         arguments["attn_types"], problem = _types(arguments, layouts, _centred(version, wrapping), text_len, grid)
-    num_image_tokens = _outputs(weights) - vocabulary - (text_len - 1)
     return Built(release, arguments, grid, num_image_tokens, problem)
+
+
+def check_contents(hparams: Mapping[Any, Any], weights: Mapping[Any, Any]) -> None:
+    """Raises ValueError where hparams are no arguments, or weights no tensors by name."""
+    for name, value in hparams.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        # (means, stds) of a VAE's normalization are nested
+        items = [inner for item in items for inner in (item if isinstance(item, list | tuple) else [item])]
+        if not isinstance(name, str) or not all(
+            item is None or isinstance(item, bool | int | float | str) for item in items
+        ):
+            raise ValueError(
+                f"dalle_pytorch: hparams must be numbers, words and lists of them, got {name!r:.60} = {value!r:.60}."
+            )
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"dalle_pytorch: weights must be tensors by name, got {type(tensor).__name__} as {name!r:.60}."
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ which release
@@ -135,12 +159,12 @@ def _centred(version: object, wrapping: Wrapping) -> bool:
 # -------------------------------------------------------------------------------------------------- what tensors tell
 
 
-def _outputs(weights: Mapping[str, Tensor]) -> int:
-    """Text ids, padding included, and codes. Raises ValueError."""
+def _head(weights: Mapping[str, Tensor]) -> Tensor:
+    """[text ids, padding included, and codes, dim]. Raises ValueError."""
     head = weights.get("to_logits.2.weight", weights.get("to_logits.1.weight"))
     if head is None or head.dim() != 2:
         raise ValueError("dalle_pytorch: weights must hold the head, to_logits.1.weight, got none. Is the file whole?")
-    return len(head)
+    return head
 
 
 def _grid(weights: Mapping[str, Tensor], text_len: int) -> tuple[int, int]:
@@ -167,6 +191,29 @@ def _grid(weights: Mapping[str, Tensor], text_len: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
+def _check_sizes(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], num_image_tokens: int) -> None:
+    """Raises ValueError where hparams say another size than the tensors have, before it is built."""
+    layers = {match[1] for name in weights if (match := _LAYER.match(name))}
+    found = {"dim": _head(weights).shape[1], "depth": len(layers)}
+    said: dict[str, object] = {name: arguments[name] for name in found}
+    projection = next((tensor for name, tensor in weights.items() if name.endswith(".to_qkv.weight")), None)
+    if projection is not None:
+        found["heads * dim_head"] = len(projection) // 3
+        said["heads * dim_head"] = _count(arguments, "heads", 8) * _count(arguments, "dim_head", 64)
+    for name, tensor, size in (
+        ("text_seq_len + 1", "text_pos_emb.weight", _count(arguments, "text_seq_len", 256) + 1),
+        ("codes", "image_emb.weight", num_image_tokens),
+    ):
+        if tensor in weights:
+            found[name], said[name] = len(weights[tensor]), size
+    for name, size in found.items():
+        if said[name] != size:
+            raise ValueError(
+                f"dalle_pytorch: hparams must be those of the weights, got {name} = {said[name]!r} and weights of "
+                f"{size}. Do they belong together?"
+            )
+
+
 def _refused(arguments: Mapping[str, Any]) -> str:
     known = inspect.signature(DALLE.__init__).parameters
     unknown = [name for name in arguments if name not in known or name in ("self", "vae")]
@@ -185,14 +232,12 @@ def _other_angles(
     stored = weights.get("transformer.pos_emb")
     if stored is None:
         return ""
-    ours = rotary_angles(TokenLayout(text_len, grid), _count(arguments, "dim_head", 64))
-    ours = ours[: stored.shape[-2]].to(stored.dtype)
-    close = 8 * torch.finfo(stored.dtype).eps
-    if stored.flatten(0, -2).shape != ours.shape or not torch.allclose(
-        stored.flatten(0, -2).float(), ours.float(), rtol=close, atol=close
-    ):
-        return "its rotary positions (transformer.pos_emb) are not those of dalle_pytorch: a fork's?"
-    return ""
+    ours = rotary_angles(TokenLayout(text_len, grid), _count(arguments, "dim_head", 64))[: stored.shape[-2]]
+    if stored.is_floating_point() and stored.flatten(0, -2).shape == ours.shape:
+        close = 8 * torch.finfo(stored.dtype).eps
+        if torch.allclose(stored.flatten(0, -2).float(), ours.to(stored.dtype).float(), rtol=close, atol=close):
+            return ""
+    return "its rotary positions (transformer.pos_emb) are not those of dalle_pytorch: a fork's?"
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of layers
@@ -205,7 +250,7 @@ def _types(
     given = arguments.get("attn_types")
     if given is None:
         return None, ""
-    types = (given,) if isinstance(given, str) else tuple(given)
+    types = tuple(given) if isinstance(given, list | tuple) else (given,)
     if unknown := [str(name) for name in types if name not in TYPES]:
         what = "gMLP layers in place of attention" if "mlp" in unknown else f"layers of the kind {some(unknown)}"
         return types, f"it has {what}, which there are none of here"
