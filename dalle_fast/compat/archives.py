@@ -21,7 +21,8 @@ from dalle_fast.compat.nodes import Budget, Damaged
 
 _END, _END64, _LOCATOR64, _ENTRY, _LOCAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2", b"PK\3\4"
 _MOST_COMMENT = 1 << 16
-_ENTRY_BYTES = 600  # of its object and name, estimated from above
+_MOST_NAME = 1 << 10
+_ENTRY_BYTES = 600  # of its object, estimated from above
 _FULL, _FULL_SHORT = 0xFFFFFFFF, 0xFFFF
 _STORED, _DEFLATED = 0, 8
 _AT_ONCE = 1 << 20
@@ -50,8 +51,8 @@ def records_of(buffer: mmap.mmap, budget: Budget) -> dict[str, Record]:
         position, end, n = _directory(buffer)
         records: dict[str, Record] = {}
         for _ in range(n):
-            budget.spend(_ENTRY_BYTES)
             name, record, position = _entry(buffer, position)
+            budget.spend(_ENTRY_BYTES + 4 * len(name))
             if name in records:
                 raise Damaged(f"has two records of one name, {name[:80]!r}")
             if record.first + record.packed > n_bytes or (not record.deflated and record.packed != record.size):
@@ -117,6 +118,8 @@ def _entry(buffer: mmap.mmap, at: int) -> tuple[str, Record, int]:
         raise Damaged("has a directory with an entry that is none")
     flags, method, packed, size = struct.unpack_from("<8xHH8xII", buffer, at)
     n_name, n_extra, n_comment, local = struct.unpack_from("<28xHHH8xI", buffer, at)
+    if n_name > _MOST_NAME:
+        raise Damaged("has a record of a very long name")
     name = buffer[at + 46 : at + 46 + n_name].decode("utf-8", "replace")
     extra = buffer[at + 46 + n_name : at + 46 + n_name + n_extra]
     size, packed, local = _large(extra, [size, packed, local])

@@ -65,6 +65,10 @@ def open_file(path: Path) -> tuple[str, Any]:
             f"read: {path} must be a whole file of weights, got one that {printable(str(error))}. Copy it again; it "
             "may be damaged or made to harm."
         ) from None
+    except MemoryError:
+        raise UnreadableFile(
+            f"read: {path} must fit in memory, got more than there is. Close other programs."
+        ) from None
     return container, data
 
 
@@ -176,17 +180,19 @@ class _Legacy(_Bytes):
     def read(self) -> Any:
         position, header = 0, []
         for _ in range(3):
-            value, position = self.unpickled(position, _no_storage)
+            value, position = self.unpickled(position, _no_storage, self.budget)
             header.append(value)
         if header[0] != _LEGACY_MAGIC or header[1] != 1001:
             raise Damaged("is of an unknown version of torch.save")
         sizes: dict[str, tuple[torch.dtype, int]] = {}
-        after = self.unpickled(position, self.note_sizes(sizes))[1]
-        keys, end = self.unpickled(after, _no_storage)
+        # The data are read twice, and exist once at a time.
+        after = self.unpickled(position, self.note_sizes(sizes), Budget(self.budget.left))[1]
+        keys, end = self.unpickled(after, _no_storage, self.budget)
         if not isinstance(keys, list) or not all(isinstance(key, str) and key in sizes for key in keys):
             raise Damaged("lists storages that it does not have")
         storages = {}
         for key in keys:
+            self.budget.spend(1000)
             dtype, n = sizes[key]
             if int.from_bytes(self.buffer[end : end + 8], "little") != n or end + 8 + n * dtype.itemsize > len(
                 self.buffer
@@ -194,12 +200,10 @@ class _Legacy(_Bytes):
                 raise Damaged(f"ends before its storage {key[:40]!r}, or has one of another size")
             storages[key] = self.tensor(end + 8, n * dtype.itemsize, dtype, swapped=sys.byteorder == "big")
             end += 8 + n * dtype.itemsize
-        data, _ = self.unpickled(position, _persistent(lambda key, dtype, n: storages[key]))
+        data, _ = self.unpickled(position, _persistent(lambda key, dtype, n: storages[key]), self.budget)
         return data
 
-    def unpickled(self, position: int, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
-        # The data are read twice, and exist once at a time.
-        budget = Budget(self.budget.left)
+    def unpickled(self, position: int, persistent: Callable[[Any], Any], budget: Budget) -> tuple[Any, int]:
         return unpickle(self.buffer, position, len(self.buffer), names=NAMES, persistent=persistent, budget=budget)
 
     def note_sizes(self, sizes: dict[str, tuple[torch.dtype, int]]) -> Callable[[Any], Any]:

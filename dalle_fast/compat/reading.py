@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dalle_fast.compat.nodes import Node, Reference, UnreadableFile, UnsafeFile
 
+_MOST_NAMES = 1 << 24  # characters of all names together
+
 __all__ = ["Node", "Reference", "Stored", "UnreadableFile", "UnsafeFile", "read", "state_dict_of"]
 
 
@@ -64,7 +66,7 @@ def state_dict_of(data: Any) -> dict[str, Tensor]:
     A module is a `Node` whose state has `_parameters`, `_buffers` and `_modules`; one of TorchScript has its tensors
     and submodules as attributes. What is neither tensor nor module is left out, as are non-persistent buffers.
 
-    Raises: ValueError (neither of them).
+    Raises: ValueError (neither of them, or names that come to far more than weights have).
     """
     if isinstance(data, Mapping):
         if data and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in data.items()):
@@ -78,15 +80,21 @@ def state_dict_of(data: Any) -> dict[str, Tensor]:
 def _tensors_of(root: Node) -> Iterator[tuple[str, Tensor]]:
     """Depth first; a module that is in several places has all its names, one inside itself is entered once."""
     todo: list[tuple[str, Node, tuple[int, ...]]] = [("", root, ())]
+    left = _MOST_NAMES
     while todo:
         prefix, node, above = todo.pop()
         if id(node) in above or not isinstance(node.state, Mapping):
             continue
         children = []
         for name, value in _attributes(node.state):
+            if not isinstance(value, Tensor | Node):
+                continue
+            left -= len(prefix) + len(name) + 100
+            if left < 0:
+                raise UnreadableFile("state_dict_of: the names of a module must be of weights, got far longer ones.")
             if isinstance(value, Tensor):
                 yield prefix + name, value
-            elif isinstance(value, Node):
+            else:
                 children.append((f"{prefix}{name}.", value, (*above, id(node))))
         todo += reversed(children)
 

@@ -20,6 +20,7 @@ from dalle_fast.compat.nodes import MOST_TEXT, Budget, Damaged, Names, Node, Ref
 
 _MOST_LINE = 1 << 16
 _MOST_INTEGER = 1 << 10
+_MOST_NAME = 1 << 10
 _LARGEST_INT_KEY = 1 << 60  # up to here no two integers have one hash
 _MOST_OPCODES = 20_000_000
 _PROTOCOL = 5
@@ -207,7 +208,9 @@ class _Machine:
     def push_named(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name that is no text")
-        self.push(self.names.find(f"{module}.{name}"), 200)
+        if len(module) + len(name) > _MOST_NAME:
+            raise Damaged("has a very long name of a class in its pickle")
+        self.push(self.names.find(f"{module}.{name}"), 200 + 4 * (len(module) + len(name)))
 
     def push_object(self, what: object, args: object) -> None:
         """What a call makes: by one of our builders, or a node."""
@@ -242,6 +245,8 @@ class _Machine:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Node):
+            if isinstance(target.state, Mapping) and isinstance(state, Mapping):
+                self.budget.spend(_CONTAINER_BYTES + 104 * (len(target.state) + len(state)))
             object.__setattr__(target, "state", _joined(target.state, state))
         elif target is None or isinstance(target, bool | int | float | str | bytes | tuple | Reference):
             raise TypeError(f"a state for a {type(target).__name__}")
@@ -277,7 +282,7 @@ def checked_key(key: Any) -> Any:
     """
     parts = key if type(key) is tuple and len(key) <= 16 else (key,)
     for part in parts:
-        if type(part) is tuple or (type(part) is int and abs(part) >= _LARGEST_INT_KEY):
+        if type(part) in (tuple, complex) or (type(part) is int and abs(part) >= _LARGEST_INT_KEY):
             raise Damaged(f"has a key of a dict that weights do not need, a {type(part).__name__}")
     hash(key)
     return key

@@ -14,6 +14,7 @@ from crafted_files import (
     archive_of,
     archive_with_pickle,
     lightning_state,
+    pickled,
     records_of,
     saved,
     scripted,
@@ -255,9 +256,13 @@ def _bomb(data: bytes, choose: random.Random) -> bytes:
             b"ctorch.nn\nLinear\n)R" + b"q\0}X\1\0\0\0ah\0sb" * min(n, 2000),
             tensor_opcodes((number,), (0,))[:-1], tensor_opcodes((4,), (1,), n=number)[:-1],
             tensor_opcodes((number, 0), (number, number))[:-1], tensor_opcodes((2,) * 12, (0,) * 12)[:-1],
+            text("n" * 60_000) + b"q\0" + b"\x8c\x08torch.nnh\0\x93" * n, text("n" * 60_000) + b"q\0" + b"h\0}" * n,
             b"V" + b"\\U0001F600" * n + b"\n", text("é" * n), b"L" + b"9" * n + b"L\n",
         )
     )  # fmt: skip
+    if choose.random() < 0.15:
+        magic = b"".join(pickled(value) for value in (0x1950A86A20F9469CFC6C, 1001))
+        return magic + (b"\x80\x02" + stream + b".") * choose.choice((1, 3))
     if choose.random() < 0.2:
         size = choose.choice((1 << 12, 1 << 22, 1 << 25))
         content = {"archive/data.pkl": stream + b".", "archive/data/0": bytes(size)}

@@ -29,6 +29,7 @@ from crafted_files import (
 )
 
 from dalle_fast.compat import UnreadableFile, UnsafeFile, read
+from dalle_fast.compat.reading import state_dict_of
 
 
 def refused(path, match):
@@ -158,6 +159,15 @@ BOMBS = {
     "an extension": (b"\x82\x01.", "opcode 0x82"),
     "a buffer outside": (b"\x97.", "opcode 0x97"),
     "a call of a text": (text("x") + b")R.", "a call of a str"),
+    "a long name": (b"\x8c\x08torch.nnX\x00\x10\x00\x00" + b"n" * 4096 + b"\x93.", "very long name of a class"),
+    "a state again and again": (
+        b"ctorch.nn\nLinear\n)Rq\x00}("
+        + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(9999))
+        + b"uq\x01b"
+        + b"h\x00h\x01b" * 1000
+        + b".",
+        "far more objects",
+    ),
     "a state for a function": (b"ccollections\nOrderedDict\n}b.", "a state for a Reference"),
 }
 
@@ -166,6 +176,22 @@ BOMBS = {
 def test_bombs(name, tmp_path):
     stream, told = BOMBS[name]
     refused(write(tmp_path / "x.pt", archive_with_pickle(stream)), told)
+
+
+def test_long_names_of_modules_in_modules_are_refused(tmp_path):
+    """A key of 16 MB in the memo, used at each of 100 levels, would be a name of 1.6 GB."""
+    level = b"ctorch.nn\nModule\n)R}h\x00h\x01sbq\x010"
+    key = b"X" + struct.pack("<I", 1 << 23) + b"n" * (1 << 23)
+    stream = key + b"q\x000ctorch.nn\nModule\n)Rq\x010" + level * 100 + b"h\x01."
+    data = read(write(tmp_path / "x.pt", archive_with_pickle(stream))).data
+    with pytest.raises(UnreadableFile, match="got far longer ones"):
+        state_dict_of(data)
+
+
+def test_legacy_headers_share_one_budget(tmp_path):
+    magic = pickled(0x1950A86A20F9469CFC6C)
+    lists = b"\x80\x02(" + b"]" * 250_000 + b"l."
+    refused(write(tmp_path / "x.pt", magic + pickled(1001) + lists * 3), "far more objects")
 
 
 def test_a_self_containing_list_is_data(tmp_path):
@@ -197,6 +223,7 @@ def test_archives_that_contradict_themselves(tmp_path):
     twice = [*good.items(), ("archive/data.pkl", b"N.")]
     refused(write(tmp_path / "twice.pt", archive_of(twice)), "two records of one name")
     refused(write(tmp_path / "roots.pt", archive_of({**good, "other/data.pkl": b"N."})), "zip file of other things")
+    refused(write(tmp_path / "names.pt", archive_of({**good, "n" * 5000: b""})), "record of a very long name")
     data = saved(training_state())
     refused(write(tmp_path / "cut.pt", data[:-30]), "ends before the directory")
     at = data.rindex(b"PK\5\6")
