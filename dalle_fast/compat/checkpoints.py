@@ -126,7 +126,7 @@ def read_upstream_vae(path: Path) -> DiscreteVAE:
 
 
 def _dalle_params(model: DALLE) -> dict[str, Any]:
-    config = model.config
+    config = {name: value for name, value in model.config.items() if name != "rotary_dtype"}  # its pos_emb says it
     types = config["attn_types"]
     types = ("full",) if types is None else (types,) if isinstance(types, str) else tuple(types)
     types = tuple("sparse" if name.startswith("sparse block=16 layout=") else name for name in types)

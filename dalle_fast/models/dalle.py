@@ -42,7 +42,7 @@ class DALLE(Pretrained):
         loss_img_weight: weight of the image loss against 1 for the text loss.
         stable: PB-relax.
         sandwich_norm: norm the outputs of blocks too.
-        shift_tokens, rotary_emb: token shift, rotary positions.
+        shift_tokens, rotary_emb: token shift, rotary positions.   rotary_dtype: as of `Transformer`.
         shared_attn_ids, shared_ff_ids: one id a block; blocks of one id share their module.
         share_input_output_emb: the head's weight is the embedding.
         sparse_attn, optimize_for_inference: accepted for old code, without effect.
@@ -72,6 +72,7 @@ class DALLE(Pretrained):
         sandwich_norm: bool = False,
         shift_tokens: bool = True,
         rotary_emb: bool = True,
+        rotary_dtype: str = "float32",
         shared_attn_ids: Sequence[object] | None = None,
         shared_ff_ids: Sequence[object] | None = None,
         share_input_output_emb: bool = False,
@@ -101,7 +102,7 @@ class DALLE(Pretrained):
             dim=dim, depth=depth, seq_len=self.total_seq_len, reversible=reversible, causal=True, heads=heads,
             dim_head=dim_head, attn_dropout=attn_dropout, ff_dropout=ff_dropout, attn_types=attn_types,
             image_fmap_size=side, stable=stable, sandwich_norm=sandwich_norm, shift_tokens=shift_tokens,
-            rotary_emb=rotary_emb,
+            rotary_emb=rotary_emb, rotary_dtype=rotary_dtype,
             shared_attn_ids=shared_attn_ids, shared_ff_ids=shared_ff_ids,
         )  # fmt: skip
         self.divide_max = DivideMax(dim=-1) if stable else nn.Identity()

@@ -27,6 +27,7 @@ from dalle_fast.models.token_shift import shift_tokens
 from dalle_fast.patterns import AttentionPattern
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse", "paper_row", "paper_col", "paper_conv")
+ROTARY_DTYPES = ("float32", "float16", "bfloat16")
 
 Kind = TypeVar("Kind", str, None)  # by which layers that share a module must agree
 
@@ -96,6 +97,8 @@ class Transformer(Pretrained):
             `patterns.make` may follow a name: "conv_like kernel=7", "sparse block=16 layout=0x8cef".
         image_fmap_size: side of the token grid, or (rows, columns); None without an image.
         stable, sandwich_norm, shift_tokens, rotary_emb, shared_attn_ids, shared_ff_ids: as the original.
+        rotary_dtype: "float16", "bfloat16": rotary angles are rounded to it once, as those were of a model that the
+            original trained in 16 bits; they are float32 all the same.
         sparse_attn, optimize_for_inference: accepted for old code, without effect: `attn_types` says which layers are
             sparse, and every layer decodes from its own cache.
     Attributes:
@@ -126,6 +129,7 @@ class Transformer(Pretrained):
         sandwich_norm: bool = False,
         shift_tokens: bool = False,
         rotary_emb: bool = True,
+        rotary_dtype: str = "float32",
         shared_attn_ids: Sequence[object] | None = None,
         shared_ff_ids: Sequence[object] | None = None,
         optimize_for_inference: bool = False,
@@ -155,6 +159,7 @@ class Transformer(Pretrained):
             for i, (attn, ff) in enumerate(zip(attentions, feed_forwards, strict=True), start=1)
         )
         self._dim_head = dim_head
+        self._rotary_dtype = _rotary_dtype(rotary_dtype)
         self.register_buffer("angles", self._angles() if rotary_emb else None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
@@ -166,7 +171,7 @@ class Transformer(Pretrained):
     def _angles(self) -> Tensor:
         """On torch's default device; real also under `torch.device("meta")`: nobody loads angles."""
         with torch.device("cpu"):
-            angles = rotary_angles(self.layout, self._dim_head)
+            angles = rotary_angles(self.layout, self._dim_head).to(self._rotary_dtype).float()
         device = torch.get_default_device()
         return angles if device.type == "meta" else angles.to(device)
 
@@ -284,6 +289,13 @@ def _layout(seq_len: int, image_fmap_size: int | tuple[int, int] | None) -> Toke
             f"got {seq_len}. seq_len is text tokens + image tokens."
         )
     return TokenLayout(text_len, grid)
+
+
+def _rotary_dtype(name: str) -> torch.dtype:
+    if name not in ROTARY_DTYPES:
+        raise ValueError(f"Transformer: rotary_dtype must be one of {', '.join(ROTARY_DTYPES)}, got {name!r}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _initial_scale(depth: int) -> float:

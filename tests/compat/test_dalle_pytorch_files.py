@@ -105,6 +105,36 @@ def test_what_the_original_saves_is_read_and_computes_the_same(variant, tmp_path
             torch.testing.assert_close(model.vae.decode(inputs()[1]), theirs.vae.decode(inputs()[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_16_bits_computes_what_the_original_makes_of_it(dtype, tmp_path):
+    """It is read into float32 there, with positions that stay rounded."""
+    if peers.missing():
+        pytest.skip(peers.missing())
+    original = peers.original()
+    torch.manual_seed(4)
+    theirs = original.DALLE(vae=original.DiscreteVAE(**VAE), **SIZES).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    weights = {name: tensor.to(dtype) for name, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    path = saved({"hparams": SIZES, "vae_params": VAE, "version": "1.6.6", "weights": weights}, tmp_path)
+    model = made(path).float()
+    with torch.no_grad():
+        wanted = theirs(*inputs())
+        torch.testing.assert_close(model(*inputs()), wanted)
+        model.save_pretrained(tmp_path / "model")
+        torch.testing.assert_close(DALLE.from_pretrained(tmp_path / "model")(*inputs()), wanted)
+        write_upstream(model, tmp_path / "again.pt")
+        torch.testing.assert_close(made(tmp_path / "again.pt")(*inputs()), wanted)
+        again = original.DALLE(vae=original.DiscreteVAE(**VAE), **torch.load(tmp_path / "again.pt")["hparams"]).eval()
+        again.load_state_dict(torch.load(tmp_path / "again.pt")["weights"])
+        torch.testing.assert_close(again(*inputs()), wanted)
+        exact = DALLE(vae=DiscreteVAE(**VAE), **SIZES).eval()
+        exact.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        assert (exact(*inputs()) - wanted).abs().max() > 1e-3  # angles that were not rounded are others
+
+
 # --------------------------------------------------------------------------------------------------------- its tensors
 
 

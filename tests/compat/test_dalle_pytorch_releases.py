@@ -176,7 +176,13 @@ def test_what_would_compute_something_else_is_refused_with_the_reason(checkpoint
         known.load(stored, Companions())
 
 
-def test_positions_in_16_bits_are_those_of_float32(tmp_path):
+def test_positions_that_were_rounded_stay_so():
+    """The original reads a file in 16 bits into float32: its positions are rounded, and trained so, the weights too."""
     checkpoint, _ = recorded("1.1.2")
-    checkpoint["weights"] = {name: tensor.half() for name, tensor in checkpoint["weights"].items()}
-    assert built(checkpoint["hparams"], checkpoint["weights"]).problem == ""
+    weights = checkpoint["weights"]
+    assert built(checkpoint["hparams"], weights).arguments["rotary_dtype"] == "float32"
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        for stored in (rounded, {name: tensor.float() for name, tensor in rounded.items()}):
+            made = built(checkpoint["hparams"], stored)
+            assert (made.problem, made.arguments["rotary_dtype"]) == ("", str(dtype).removeprefix("torch."))

@@ -36,7 +36,9 @@ from dalle_fast.layout import TokenLayout
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.rotary import rotary_angles
 from dalle_fast.models.state_dicts import some
+from dalle_fast.models.transformer import ROTARY_DTYPES
 
+_OTHER_ANGLES = "its rotary positions (transformer.pos_emb) are not those of dalle_pytorch: a fork's?"
 _LAYER = re.compile(r"transformer\.layers\.(?:layers|blocks)\.(\d+)\.")
 TYPES = ("full", "sparse", "axial_row", "axial_col", "conv_like")
 CENTRED_CONV = "paper_conv kernel=5 wrap=none"  # conv_like before 1.5.0
@@ -98,7 +100,9 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
     problem = _refused(arguments)
     if not problem:
         _check_sizes(arguments, weights, num_image_tokens)
-        problem = _other_angles(weights, arguments, text_len, grid)
+        rounded_to = _rounded_to(weights, arguments, text_len, grid)
+        arguments["rotary_dtype"] = rounded_to
+        problem = "" if rounded_to else _OTHER_ANGLES
     if not problem:
         layouts = block_layouts(weights)
         arguments["attn_types"], problem = _types(arguments, layouts, _centred(version, wrapping), text_len, grid)
@@ -225,19 +229,24 @@ def _refused(arguments: Mapping[str, Any]) -> str:
     return ""
 
 
-def _other_angles(
+def _rounded_to(
     weights: Mapping[str, Tensor], arguments: Mapping[str, Any], text_len: int, grid: tuple[int, int]
-) -> str:
-    """Positions are computed here, not read: they must be the same."""
+) -> str | None:
+    """What rotary positions were rounded to; None: they are others than ours, which are computed and not read.
+
+    A model that the original held in 16 bits has rounded ones, in training and wherever its file is read.
+    """
     stored = weights.get("transformer.pos_emb")
     if stored is None:
-        return ""
+        return "float32"
     ours = rotary_angles(TokenLayout(text_len, grid), _count(arguments, "dim_head", 64))[: stored.shape[-2]]
-    if stored.is_floating_point() and stored.flatten(0, -2).shape == ours.shape:
-        close = 8 * torch.finfo(stored.dtype).eps
-        if torch.allclose(stored.flatten(0, -2).float(), ours.to(stored.dtype).float(), rtol=close, atol=close):
-            return ""
-    return "its rotary positions (transformer.pos_emb) are not those of dalle_pytorch: a fork's?"
+    if not stored.is_floating_point() or stored.flatten(0, -2).shape != ours.shape:
+        return None
+    stored = stored.flatten(0, -2).float()
+    rounded = {name: ours.to(getattr(torch, name)).float() for name in ROTARY_DTYPES}
+    nearest = min(rounded, key=lambda name: float((stored - rounded[name]).abs().nan_to_num(math.inf).max()))
+    close = 8 * torch.finfo(getattr(torch, nearest)).eps
+    return nearest if torch.allclose(stored, rounded[nearest], rtol=close, atol=close) else None
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of layers
