@@ -14,9 +14,9 @@ from dalle_fast.cli.trained import model_in
 @click.argument("data")
 @click.option(
     "--vae",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(exists=True, path_type=Path),
     required=True,
-    help="A saved discrete VAE, or OUT of `dalle-fast train-vae`.",
+    help="A saved VAE, OUT of `dalle-fast train-vae`, or old weights.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder of codes.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Pictures encoded together.")

@@ -13,7 +13,6 @@ from dalle_fast.cli.train_options import ARCHITECTURES, DEFAULT_PRESET, TrainOpt
 from dalle_fast.cli.trained import model_in
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
-from dalle_fast.models.vae_protocol import check_vae, saved_vae
 from dalle_fast.training.config import ClipConfig, DalleConfig, TrainConfig, VaeConfig, resolve
 from dalle_fast.training.data import open_source
 from dalle_fast.training.task import Source, Task
@@ -100,7 +99,7 @@ def _dalle(config: DalleConfig) -> tuple[Task, Source]:
         raise ValueError(f"train: model.text_seq_len must be a whole number of at least 1, got {text_seq_len!r}.")
     source = open_source(
         config.data, image_size=vae.image_size, channels=vae.channels, tokenizer=tokenizer, text_seq_len=text_seq_len,
-        need={"text", "pixels" if config.end_to_end else "codes"}, vae=_saved_vae(config.vae),
+        need={"text", "pixels" if config.end_to_end else "codes"}, vae=model_in(str(config.vae)),
         num_tokens=vae.num_tokens, image_seq_len=(vae.image_size // 2**vae.num_layers) ** 2,
     )  # fmt: skip
     pool = noise_pool(source, vae, config)
@@ -127,19 +126,9 @@ def read_vae(where: str | None) -> Any:
     if where is None:
         raise ValueError("train: vae must be the directory of a trained VAE, got none. Give --vae, after `train-vae`.")
     path = model_in(where)
-    if (path / "config.json").is_file() or not path.exists():
-        return saved_vae(path, op="train")
-    from dalle_fast.compat.loading import load  # at call time: it knows all layouts, a saved model needs none of them
+    from dalle_fast.compat.loading import load_vae  # at call time: the commands' other options do not need it
 
-    vae = load(path).model
-    check_vae(vae, "train")
-    return vae.float()
-
-
-def _saved_vae(where: str | None) -> Path | None:
-    """The saved model whose codes a cache may hold; None of a file."""
-    path = model_in(str(where))
-    return path if path.is_dir() else None
+    return load_vae(path, op="train")
 
 
 def _with_epochs(config: Config, options: TrainOptions, source: Source) -> Config:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dalle_fast.compat.formats.base import Companions, Description, Format
@@ -59,6 +60,25 @@ def load(path: str | Path, companions: Companions | None = None) -> Loaded:
         return Loaded(model, None, description)
     tokenizer, problem = _tokenizer_of(model, companions.tokenizer)
     return Loaded(model, tokenizer, description, problem)
+
+
+def load_vae(
+    path: str | Path, *, op: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Any:
+    """The VAE in a saved model's directory, or in weights of another package.
+
+    Args: op: how sentences begin.   dtype: None: float32.   device: None: the CPU.
+    Raises: FileNotFoundError, ValueError, as `load`; TypeError (the model there is no VAE).
+    """
+    from dalle_fast.models.saving import CONFIG  # at call time: models read old names by compat
+    from dalle_fast.models.vae_protocol import check_vae, saved_vae
+
+    where = Path(path)
+    if (where / CONFIG).is_file() or not where.exists():
+        return saved_vae(where, op=op, dtype=dtype, device=device)
+    vae = load(where).model
+    check_vae(vae, op)
+    return vae.to(device=device, dtype=dtype or torch.float32)
 
 
 def _runnable(known: Format, stored: Stored) -> Description:

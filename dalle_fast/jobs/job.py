@@ -219,10 +219,10 @@ def read_mapping(text: str, where: object) -> dict[str, Any]:
     return stored
 
 
-def hash_model(path: Path) -> str:
+def hash_model(path: Path, *, draws: bool = True) -> str:
     """sha256 of what decides what a model draws: its files, their names, those of its VAE; no card, no CLIP.
 
-    Of a file of weights: the file, without its name, and a tokenizer.json beside it.
+    Of a file of weights: the file, without its name, and, where it `draws`, a tokenizer.json beside it.
 
     Raises: FileNotFoundError (nothing there).
     """
@@ -231,7 +231,7 @@ def hash_model(path: Path) -> str:
             f"sample: the model must be a saved model's directory or a file of weights, found none at {path}."
         )
     digest = hashlib.sha256()
-    for name, file in sorted(_model_files(path)):
+    for name, file in sorted(_model_files(path, draws)):
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as opened:
             while block := opened.read(_READ_AT_ONCE):
@@ -244,11 +244,11 @@ def hash_codes(codes: Tensor) -> str:
     return hashlib.sha256(",".join(map(str, codes.tolist())).encode()).hexdigest()
 
 
-def _model_files(path: Path) -> Iterator[tuple[str, Path]]:
+def _model_files(path: Path, draws: bool) -> Iterator[tuple[str, Path]]:
     """Name in the digest, and file."""
     if path.is_file():
         yield "", path
-        if (beside := path.parent / "tokenizer.json").is_file():
+        if draws and (beside := path.parent / "tokenizer.json").is_file():
             yield beside.name, beside
     elif not (path / "config.json").is_file():  # of another package
         yield from ((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())

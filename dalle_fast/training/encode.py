@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dalle_fast.compat.loading import load_vae
 from dalle_fast.jobs.drawing_model import check_device
 from dalle_fast.jobs.job import hash_model
-from dalle_fast.models.vae_protocol import saved_vae
 from dalle_fast.training.data import open_samples
 from dalle_fast.training.data.codes import MANIFEST, CodesManifest, count_samples, shard_paths
 from dalle_fast.training.data.pictures import Pixels
@@ -51,7 +51,7 @@ def encode(
     """Encodes pictures, with or without captions, into a folder of codes; the same call again goes on.
 
     Args:
-        source: a folder of pictures, or shards.   vae: a saved VAE's directory.   out: the folder of codes.
+        source: a folder of pictures, or shards.   vae: a saved VAE, or old weights.   out: the folder of codes.
         batch: pictures encoded together.   shard_size: pictures of a file.
         resize, smallest_crop: as in data/pictures.py ("paper" as for the transformer); crops: how often a picture is
             read, with draws of its own each time; seed: of these draws.
@@ -71,11 +71,11 @@ def encode(
     if samples.has_codes:
         raise ValueError(f"encode: the data must be pictures, got codes in {source}.")
     check_device(device)
-    model = saved_vae(vae, op="encode", dtype=DTYPES[dtype], device=device)
+    model = load_vae(vae, op="encode", dtype=DTYPES[dtype], device=device)
     manifest = CodesManifest(
         source=source,
         vae=str(vae),
-        vae_hash=hash_model(vae),
+        vae_hash=hash_model(vae, draws=False),
         num_tokens=model.num_tokens,
         image_seq_len=(model.image_size // 2**model.num_layers) ** 2,
         image_size=model.image_size,

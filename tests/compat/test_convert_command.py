@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from crafted_files import saved, write
 from golden_cases import FOLDER
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dalle_fast import DALLE, DiscreteVAE
@@ -18,6 +19,7 @@ from dalle_fast.cli.train_run import read_vae
 from dalle_fast.compat import load
 from dalle_fast.compat.checkpoints import write_upstream
 from dalle_fast.jobs.drawing_model import DrawingModel
+from dalle_fast.jobs.job import hash_model
 
 VAE = {"image_size": 16, "num_tokens": 12, "codebook_dim": 6, "num_layers": 2, "hidden_dim": 4, "num_resnet_blocks": 1}
 SIZES = {"dim": 24, "num_text_tokens": 9, "text_seq_len": 4, "depth": 2, "heads": 2, "dim_head": 12}
@@ -139,8 +141,6 @@ def test_a_file_draws_what_its_directory_draws(file, tmp_path):
         run("sample", *arguments, "--model", model, "--out", tmp_path / folder)
     pictures = [sorted((tmp_path / folder).rglob("*-0000?.png")) for folder in ("of_file", "of_directory")]
     assert len(pictures[0]) == len(pictures[1]) == 2
-    from PIL import Image
-
     for ours, theirs in zip(*pictures, strict=True):
         assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
     # The same command goes on, and knows the model by its bytes.
@@ -161,6 +161,23 @@ def test_a_vae_does_not_draw_and_a_dalle_is_no_vae(dalle, file, tmp_path):
         assert torch.equal(vae.decode(codes), dalle.vae.decode(codes)) and not vae.training
     with pytest.raises((ValueError, TypeError), match="vae must have"):
         read_vae(str(file))
+
+
+def test_a_file_encodes_what_its_directory_encodes(dalle, tmp_path):
+    write_upstream(dalle.vae, tmp_path / "vae.pt")
+    dalle.vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        colours = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(colours.numpy()).save(tmp_path / "pictures" / f"{i}.png")
+    for vae, out in (("vae.pt", "a"), ("vae", "b")):
+        run("encode", tmp_path / "pictures", "--vae", tmp_path / vae, "--out", tmp_path / out, "--workers", 0)
+    codes = [sorted(path for path in (tmp_path / out).iterdir() if path.suffix != ".json") for out in "ab"]
+    assert len(codes[0]) == len(codes[1]) > 0
+    assert [path.read_bytes() for path in codes[0]] == [path.read_bytes() for path in codes[1]]
+    write_tokenizer(tmp_path / "tokenizer.json")  # beside the file: no part of a VAE
+    made = [json.loads((tmp_path / out / "codes.json").read_text())["vae_hash"] for out in "ab"]
+    assert made[0] == hash_model(tmp_path / "vae.pt", draws=False) != hash_model(tmp_path / "vae.pt") != made[1]
 
 
 def test_the_originals_own_files_load():

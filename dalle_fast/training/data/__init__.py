@@ -53,7 +53,9 @@ def open_source(
         from dalle_fast.jobs.job import hash_model  # loads libraries that folders do not need
 
         samples.check_vae(
-            vae_hash=None if vae is None else hash_model(vae), num_tokens=num_tokens, image_seq_len=image_seq_len
+            vae_hash=None if vae is None else hash_model(vae, draws=False),
+            num_tokens=num_tokens,
+            image_seq_len=image_seq_len,
         )
     captions = None
     if captioned:

@@ -31,7 +31,7 @@ class CodesManifest:
     """What a folder of codes holds.
 
     Attributes:
-        source: what was encoded.   vae, vae_hash: with which saved VAE; `hash_model` of its directory.
+        source: what was encoded.   vae, vae_hash: with which saved VAE; `hash_model` of it.
         num_tokens, image_seq_len, image_size, channels: of the VAE.
         resize, smallest_crop, crops, seed: how pictures became pixels, `crops` times each.
         dtype: of the VAE's arithmetic.   shard_size: pictures of a shard.

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from dalle_fast.compat.loading import load_vae
 from dalle_fast.jobs.job import hash_model
-from dalle_fast.models.vae_protocol import saved_vae
 from dalle_fast.sampling.gallery import to_pixels
 from dalle_fast.training.codebook_usage import CodebookUsage
 from dalle_fast.training.data.captions import CaptionTooLong
@@ -165,8 +165,8 @@ def _pixels_of_codes(codes: Tensor, samples: Samples) -> Tensor:
     """uint8 [b, C, S, S]: codes [b, image_seq_len] as their VAE decodes them; as a colour each where it is gone."""
     assert isinstance(samples, CodesSamples)
     made = samples.manifest
-    if Path(made.vae).is_dir() and hash_model(Path(made.vae)) == made.vae_hash:
-        vae = saved_vae(made.vae, op="report")
+    if Path(made.vae).exists() and hash_model(Path(made.vae), draws=False) == made.vae_hash:
+        vae = load_vae(made.vae, op="report")
         return to_pixels(vae, vae.decode(codes)).mul(255).round().byte()
     side = round(codes.shape[1] ** 0.5)
     colours = torch.randint(0, 256, (made.num_tokens, 3), generator=torch.Generator().manual_seed(0))
