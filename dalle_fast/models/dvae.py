@@ -35,7 +35,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 _AT_ONCE = 2**22
 
 # Arguments of the constructor that mean something to one quantizer only.
-_ARGUMENTS_OF = {
+ARGUMENTS_OF = {
     "gumbel": ("temperature", "straight_through", "reinmax", "kl_div_loss_weight"),
     "vq": ("commitment_loss_weight", "codebook_decay", "revive_codes_below", "normalised_codes"),
 }
@@ -312,12 +312,12 @@ def _decoder(channels: int, hidden: int, n_layers: int, n_blocks: int, codebook_
 
 def _check_quantizer(quantizer: str, arguments: Mapping[str, object]) -> None:
     """Raises ValueError where `quantizer` is unknown, or where an argument of the other one is not at its default."""
-    if quantizer not in _ARGUMENTS_OF:
+    if quantizer not in ARGUMENTS_OF:
         raise ValueError(
-            f"DiscreteVAE: quantizer must be one of {', '.join(map(repr, _ARGUMENTS_OF))}, got {quantizer!r}."
+            f"DiscreteVAE: quantizer must be one of {', '.join(map(repr, ARGUMENTS_OF))}, got {quantizer!r}."
         )
     parameters = inspect.signature(DiscreteVAE.__init__).parameters
-    for other, names in _ARGUMENTS_OF.items():
+    for other, names in ARGUMENTS_OF.items():
         for name in names:
             if other != quantizer and arguments[name] != parameters[name].default:
                 raise ValueError(

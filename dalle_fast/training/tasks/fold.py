@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dalle_fast.models.dvae import DiscreteVAE
+from dalle_fast.models.dvae import ARGUMENTS_OF, DiscreteVAE
 from dalle_fast.models.quantiser import VectorQuantiser
 
-_OF_VQ = ("quantizer", "commitment_loss_weight", "codebook_decay", "revive_codes_below", "normalised_codes")
+_OF_VQ = {"quantizer", *ARGUMENTS_OF["vq"]}
 
 
 @torch.no_grad()
