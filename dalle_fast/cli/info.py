@@ -17,7 +17,7 @@ _SHOWN_VALUE, _SHOWN_LINE = 100, 4000
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def info(path: Path, as_json: bool) -> None:
     """Say what FILE is: its layout, its architecture, whether we can run it, how many values it holds.
