@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_fast.compat.formats.dalle_pytorch import load_vae
 from dalle_fast.compat.names import name_of_block_layout, upstream_names
-from dalle_fast.compat.reading import read
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.whole_files import TEMPORARY, bring_to_disk
@@ -106,23 +104,6 @@ def write_upstream(model: DALLE | DiscreteVAE, path: Path) -> None:
             os.unlink(scratch)
         raise
     bring_to_disk(path.parent)
-
-
-def read_upstream_vae(path: Path) -> DiscreteVAE:
-    """The VAE of a `vae.pt`, in evaluation mode.
-
-    Raises: FileNotFoundError, ValueError (another kind of file).
-    """
-    try:
-        stored = read(path).data
-        if not isinstance(stored, dict) or not {"hparams", "weights"} <= stored.keys():
-            raise ValueError("it holds no hparams and weights")
-        return load_vae(stored["hparams"], stored["weights"], path)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"train: {path} must be a vae.pt of the original's train_vae.py, got something else ({error}). "
-            "Name a saved model's directory, or such a file."
-        ) from None
 
 
 def _dalle_params(model: DALLE) -> dict[str, Any]:
