@@ -71,7 +71,7 @@ class StaticCacheDecoder(nn.Module):
         attention = self.blocks[0].attn.fn
         self.products = model.to_logits.weight.dtype.itemsize < 4  # torch's SDPA takes 16 bits a third as fast
         self.heads, self.dim_head = attention.heads, attention.dim_head
-        first = next(model.parameters())
+        first = model.to_logits.weight  # the VAE stays float32
         n = self.layout.max_inputs
         dense = {block.attn.fn.pattern: block.attn.fn.pattern.dense(n).to(first.device) for block in self.blocks}
         self.masks = [dense[block.attn.fn.pattern] for block in self.blocks]

@@ -53,7 +53,7 @@ def test_errors_are_sentences(tmp_path, vae):
     for arguments, message in (
         ((tmp_path / "absent", "--vae", vae), "found nothing at"),
         ((tmp_path / "empty", "--vae", vae), "must hold pictures"),
-        ((tmp_path / "data", "--vae", tmp_path / "empty"), "config.json"),
+        ((tmp_path / "data", "--vae", tmp_path / "empty"), "must be a directory of weights that we know"),
         ((tmp_path / "data", "--vae", vae, "--device", "nowhere"), "device must be one that torch finds here"),
         ((tmp_path / "data", "--vae", vae, "--device", "meta"), "device must be one that torch finds here"),
         ((tmp_path / "data", "--vae", vae, "--crops", 2, "--resize", "none"), "upstream or paper for crops=2"),
