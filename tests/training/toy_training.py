@@ -165,7 +165,8 @@ def main(out: str, *settings: str) -> None:
 
     config = config_of(*(setting for setting in settings if not setting.startswith("toy.")))
     result = run(task, ToySource(**toy), config, Path(out), on_log=on_log)
-    print("stopped:", result.stopped, result.step)
+    # One write: two processes print into one pipe.
+    sys.stdout.write(f"stopped: {result.stopped} {result.step}\n")
 
 
 if __name__ == "__main__":
