@@ -44,11 +44,11 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal --timeout 900 -q -
 test test-long: export OMP_NUM_THREADS ?= 1
 
 test: build
-	@echo "make test: about six minutes on two cores (the slow proofs: make test-long)."
+	@echo "make test: about seven minutes on two cores (the slow proofs: make test-long)."
 	@$(RUN) $(PYTEST) -m "not long and not gpu"
 
 test-long: build
-	@echo "make test-long: about 13 minutes on two cores."
+	@echo "make test-long: about 17 minutes on two cores."
 	@$(RUN) $(PYTEST) -m "long and not gpu"
 	@echo "make test-long: once more what make test proves, with extension and Triton blocked."
 	@DALLE_FAST_TEST_BARE=1 $(RUN) $(PYTEST) -m "not long and not gpu"
