@@ -41,12 +41,17 @@ def prompts(batch: int) -> torch.Tensor:
     return text
 
 
-def saved_model(directory: Path, **options) -> Path:
-    """`small_dalle` in float32, saved with a tokenizer of six words, captions and examples; returns the directory."""
-    words = ["[PAD]", "red", "green", "apple", "a", "flag"]
+def small_tokenizer(*more: str) -> Tokenizer:
+    """Of six words, and those that are given."""
+    words = ["[PAD]", "red", "green", "apple", "a", "flag", *more]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    small_dalle(torch.float32, **options).save_pretrained(directory, tokenizer=tokenizer)
+    return tokenizer
+
+
+def saved_model(directory: Path, **options) -> Path:
+    """`small_dalle` in float32, saved with `small_tokenizer`, captions and examples; returns the directory."""
+    small_dalle(torch.float32, **options).save_pretrained(directory, tokenizer=small_tokenizer())
     (directory / "captions.txt").write_text("red apple\ngreen apple\n")
     (directory / "examples.txt").write_text("red apple\na flag\n")
     return directory

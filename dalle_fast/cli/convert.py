@@ -7,21 +7,16 @@ from typing import Any
 
 import click
 
+from dalle_fast.cli.companions import COMPANIONS
 from dalle_fast.cli.sentences import in_sentences
-
-_THERE = click.Path(exists=True, path_type=Path)
 
 
 @click.command()
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT_DIR", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--vae", type=_THERE, help="The VAE of a DALLE whose file has none.")
-@click.option("--yaml", type=_THERE, help="The configuration of a VQGAN; default: IN's name with .yaml.")
-@click.option(
-    "--tokenizer",
-    type=_THERE,
-    help="tokenizer.json, CLIP's merges, or a folder with vocab.txt; default: by vocabulary.",
-)
+@click.option("--tokenizer", **COMPANIONS["tokenizer"])
+@click.option("--vae", **COMPANIONS["vae"])
+@click.option("--yaml", **COMPANIONS["yaml"])
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="What is stored; default: as in IN."
 )

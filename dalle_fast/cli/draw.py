@@ -9,6 +9,9 @@ import click
 import torch
 from tqdm import tqdm
 
+from dalle_fast.cli.companions import COMPANIONS
+from dalle_fast.cli.sentences import in_sentences
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs.drawing_model import SHIPPED_MODEL, DrawingModel, SamplingSettings
 from dalle_fast.jobs.ranking import Ranker, load_ranker, scores_of
 from dalle_fast.sampling.gallery import labelled_grid, to_pixels
@@ -25,6 +28,9 @@ _CANDIDATES = 16
     default=SHIPPED_MODEL,
     help="A saved model, or a DALLE of another package; default: the shipped one.",
 )
+@click.option("--tokenizer", **COMPANIONS["tokenizer"])
+@click.option("--vae", **COMPANIONS["vae"])
+@click.option("--yaml", **COMPANIONS["yaml"])
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -59,6 +65,9 @@ _CANDIDATES = 16
 def draw(
     prompts: tuple[str, ...],
     directory: Path,
+    tokenizer: Path | None,
+    vae: Path | None,
+    yaml: Path | None,
     out: Path,
     images_per_prompt: int,
     candidates: int | None,
@@ -70,8 +79,8 @@ def draw(
 ) -> None:
     """Draw PROMPTS (without any: the model's own examples) and write them to one labelled picture."""
     out.parent.mkdir(parents=True, exist_ok=True)  # before the work: a path that cannot be used says so at once
-    try:
-        model = DrawingModel.read(directory)
+    with in_sentences():
+        model = DrawingModel.read(directory, companions=Companions(vae, yaml, tokenizer))
         chosen = list(prompts) or model.examples
         if not chosen or not all(prompt.strip() for prompt in chosen):
             raise ValueError("draw: prompts must be texts, got an empty one. Say what to draw.")
@@ -81,8 +90,6 @@ def draw(
         rows, seconds = _drawn(model, chosen, n, seed, settings)
         if ranker is not None:
             rows = [(prompt, _best(ranker, prompt, pixels, images_per_prompt)) for prompt, pixels in rows]
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
-        raise click.ClickException(str(error)) from None
     labelled_grid(rows, scale=scale).save(out)
     n_images = len(chosen) * n
     pictures = "1 picture" if n_images == 1 else f"{n_images} pictures"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from dalle_fast.cli.companions import COMPANIONS
 from dalle_fast.cli.sample_run import Report, run_and_report
 from dalle_fast.cli.sentences import in_sentences
 from dalle_fast.jobs.job import DrawnChunk, JobConfig
@@ -55,7 +56,7 @@ def _common_config(out: Path, parts: Sequence[Path]) -> JobConfig:
         config = config or stored
         differing = set(config.differences(stored))
         if stored.model_hash == config.model_hash:
-            differing.discard("model")  # the same, under another path
+            differing -= {"model", *COMPANIONS}  # the same, under other paths
         if differing:
             raise ValueError(
                 f"merge: the parts must be of one job, got {part}, which differs in {', '.join(sorted(differing))}. "

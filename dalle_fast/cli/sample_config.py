@@ -10,7 +10,9 @@ from typing import Any
 import click
 from torch import Tensor
 
+from dalle_fast.cli.companions import COMPANIONS
 from dalle_fast.cli.sample_options import SampleOptions
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs.drawing_model import SHIPPED_MODEL, DrawingModel
 from dalle_fast.jobs.job import JobConfig, hash_codes, hash_model
 from dalle_fast.jobs.known import inpainted_codes, primed_codes
@@ -37,12 +39,12 @@ class ResolvedJob:
         self._options, self._given = options, given
         self.stored = JobFolder.stored_config(options.out)
         self._device, self._dtype = self._value("device"), self._value("dtype")
-        self._directory = self._model_directory()
+        self._directory, self._companions, self._hash = self._found_model()
 
     @cached_property
     def model(self) -> DrawingModel:
         """In memory."""
-        return DrawingModel.read(self._directory, dtype=self._dtype, device=self._device)
+        return DrawingModel.read(self._directory, companions=self._companions, dtype=self._dtype, device=self._device)
 
     @cached_property
     def known(self) -> Tensor | None:
@@ -66,6 +68,7 @@ class ResolvedJob:
             "model_hash": self._hash,
             "engine": self._engine(),
         }
+        values |= {name: None if path is None else str(path) for name, path in vars(self._companions).items()}
         values |= {"known_hash": self._known_hash(), "rank": self._rank(), "keep": self._value("keep")}
         values["batch_size"] = self._batch_size(values)
         return JobConfig(**values)
@@ -78,19 +81,26 @@ class ResolvedJob:
             return getattr(self.stored, name)
         return getattr(self._options, name)
 
-    def _model_directory(self) -> Path:
+    def _found_model(self) -> tuple[Path, Companions, str]:
+        """Where the model and its companions are, and the hash of them."""
         directory = (self._value("model") and Path(self._value("model"))) or SHIPPED_MODEL
-        self._hash = hash_model(directory)
+        paths = {name: self._value(name) for name in COMPANIONS}
+        companions = Companions(
+            **{name: None if path is None else Path(path).absolute() for name, path in paths.items()}
+        )
+        found = hash_model(directory, companions)
         wanted = self._options.model_hash
-        if wanted is not None and wanted != self._hash:
+        if wanted is not None and wanted != found:
             raise ValueError(
                 f"sample: {directory} must be the model that the configuration was made with, of hash {wanted}, got "
-                f"{self._hash}. Name that one with --model."
+                f"{found}. Name that one with --model."
             )
         stored = self.stored
-        if stored is not None and stored.model_hash == self._hash and Path(stored.model).exists():
-            return Path(stored.model)  # the same, whatever it is called from here
-        return directory.resolve()
+        if stored is not None and stored.model_hash == found:
+            paths_there = [Path(stored.model), *filter(None, vars(stored.companions).values())]
+            if all(path.exists() for path in paths_there):  # the same, whatever it is called from here
+                return paths_there[0], stored.companions, found
+        return directory.absolute(), companions, found  # links stay: what lies beside them may belong to them
 
     def _prompts(self) -> tuple[str, ...]:
         options = self._options

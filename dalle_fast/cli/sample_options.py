@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 
+from dalle_fast.cli.companions import COMPANIONS
 from dalle_fast.cli.sentences import in_sentences
 
 # As they are in jobs.job and sampling.engine, which import torch.
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 ENGINES = ("auto", "cpu", "eager")
 
-_CARRIED = "refused: a saved model carries its tokenizer and its VAE"
+_TOLD_APART = "refused: what a tokenizer or a VAE is, its file says; --tokenizer and --vae name one"
 # Flag of the original's generate.py -> what it means here.
 ORIGINAL_FLAGS = {
     "--dalle_path": "--model, such a file or a saved model's directory",
@@ -28,12 +29,12 @@ ORIGINAL_FLAGS = {
     "--top_k": "a share of the vocabulary to drop, 0..1 (filter_thres); not --top-k, which is a number of codes",
     "--outputs_dir": "--out",
     "--gentxt": "the model first continues each prompt; what it writes is the prompt that is drawn and recorded",
-    "--bpe_path": _CARRIED,
-    "--hug": _CARRIED,
-    "--chinese": _CARRIED,
-    "--taming": _CARRIED,
-    "--vqgan_model_path": _CARRIED,
-    "--vqgan_config_path": _CARRIED,
+    "--bpe_path": "--tokenizer",
+    "--vqgan_model_path": "--vae",
+    "--vqgan_config_path": "--yaml",
+    "--hug": _TOLD_APART,
+    "--chinese": _TOLD_APART,
+    "--taming": _TOLD_APART,
 }
 _UNITS = {"": 1, "B": 1} | {
     letter + suffix: base ** (power + 1)
@@ -56,6 +57,9 @@ class SampleOptions:
     seed: int
     config: Path | None
     model: Path | None
+    tokenizer: Path | None
+    vae: Path | None
+    yaml: Path | None
     model_hash: str | None  # this and the next are in the configuration of a job alone
     known_hash: str | None
     device: str
@@ -91,7 +95,7 @@ class SampleOptions:
         for name, other, why in _APART:
             if name in given and other in given and (other != "workers" or self.workers != 1):
                 raise click.UsageError(f"sample: {_flag(name)} and {_flag(other)} do not go together. {why}")
-        more = sorted(given - {"from_manifest", "index", "out", "model", "json", "quiet"})
+        more = sorted(given - {"from_manifest", "index", "out", "model", *COMPANIONS, "json", "quiet"})
         if self.from_manifest is not None and more:
             raise click.UsageError(
                 f"sample: --from-manifest draws as the manifest says, so {_flag(more[0])} must be left out."
@@ -182,14 +186,13 @@ class _Option(click.Option):
 def _refuse(ctx: click.Context, param: click.Parameter, value: object) -> None:
     if value:
         raise click.UsageError(
-            f"sample: {param.opts[0]} must be left out: a saved model carries its tokenizer and its VAE. "
-            "Name its directory with --model."
+            f"sample: {param.opts[0]} must be left out: what a tokenizer or a VAE is, its file says. "
+            "Name one that is not in or beside the model's file with --tokenizer or --vae."
         )
 
 
 def _refused(flag: str) -> _Option:
-    is_flag = flag in ("--hug", "--chinese", "--taming")
-    return _Option(flag, group=_ORIGINAL, is_flag=is_flag, expose_value=False, callback=_refuse)
+    return _Option(flag, group=_ORIGINAL, is_flag=True, expose_value=False, callback=_refuse)
 
 
 _PROMPTS, _JOB, _MODEL, _DRAWING = "Prompts", "The job", "The model", "Drawing"
@@ -217,6 +220,9 @@ PARAMETERS: list[click.Parameter] = [
                  "the command line wins."),
     _Option("--model", "--dalle_path", group=_MODEL, type=click.Path(path_type=Path), metavar="DIR|FILE",
             help="A saved model, or a DALLE of another package; default: the shipped one."),
+    _Option("--tokenizer", "--bpe_path", group=_MODEL, **COMPANIONS["tokenizer"]),
+    _Option("--vae", "--vqgan_model_path", group=_MODEL, **COMPANIONS["vae"]),
+    _Option("--yaml", "--vqgan_config_path", group=_MODEL, **COMPANIONS["yaml"]),
     _Option("--device", group=_MODEL, metavar="NAME", default="cpu", show_default=True,
             help="Torch's name of one, such as cuda."),
     _Option("--dtype", group=_MODEL, type=click.Choice(DTYPES), default="float32", show_default=True,
@@ -255,7 +261,7 @@ PARAMETERS: list[click.Parameter] = [
     _Option("--index", group=_AGAIN, type=click.IntRange(0), metavar="I", help="Its index there."),
     _Option("--model-hash", group=_MODEL, hidden=True),
     _Option("--known-hash", group=_DRAWING, hidden=True),
-    *(_refused(flag) for flag, meaning in ORIGINAL_FLAGS.items() if meaning == _CARRIED),
+    *(_refused(flag) for flag, meaning in ORIGINAL_FLAGS.items() if meaning == _TOLD_APART),
 ]  # fmt: skip
 
 
@@ -268,9 +274,9 @@ class GroupedCommand(click.Command):
             record = param.get_help_record(ctx)
             if record is not None and isinstance(param, click.Option):
                 groups.setdefault(getattr(param, "group", _TOLD), []).append(record)
-        meanings = [(flag, meaning) for flag, meaning in ORIGINAL_FLAGS.items() if meaning != _CARRIED]
-        refused = ", ".join(flag for flag, meaning in ORIGINAL_FLAGS.items() if meaning == _CARRIED)
-        groups[_ORIGINAL] = [*meanings, (refused, _CARRIED)]
+        meanings = [(flag, meaning) for flag, meaning in ORIGINAL_FLAGS.items() if meaning != _TOLD_APART]
+        refused = ", ".join(flag for flag, meaning in ORIGINAL_FLAGS.items() if meaning == _TOLD_APART)
+        groups[_ORIGINAL] = [*meanings, (refused, _TOLD_APART)]
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)

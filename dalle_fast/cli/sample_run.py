@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle_fast.cli.sample_config import ResolvedJob
 from dalle_fast.cli.sample_options import SampleOptions
 from dalle_fast.cli.sample_progress import Progress
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs.job import DrawnChunk, JobConfig, Sample
 from dalle_fast.jobs.manifest import redraw
 from dalle_fast.jobs.on_ray import drawn_on_ray
@@ -115,7 +116,10 @@ def run_and_report(
 def redraw_sample(options: SampleOptions) -> Report:
     """Draws one sample of a manifest again, into the folder `options.out`."""
     assert options.from_manifest is not None and options.index is not None
-    pixels, record, warnings = redraw(options.from_manifest, options.index, model_dir=options.model)
+    companions = Companions(options.vae, options.yaml, options.tokenizer)
+    pixels, record, warnings = redraw(
+        options.from_manifest, options.index, model_dir=options.model, companions=companions
+    )
     for warning in warnings:
         click.echo(f"sample: {warning}", err=True)
     drawn = Sample(record.index, record.prompt_index, record.number, record.prompt, record.seed)

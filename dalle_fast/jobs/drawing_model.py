@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs.job import DTYPES
 from dalle_fast.jobs.prompts import KnownCaptions
 from dalle_fast.models.dalle import DALLE
@@ -18,6 +19,7 @@ from dalle_fast.models.saving import CONFIG
 from dalle_fast.tokenizers.hug import HugTokenizer
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji-64"
+_TOKENIZER = "tokenizer.json"
 _SHOWN_CHARACTERS = 60
 
 
@@ -96,16 +98,19 @@ class DrawingModel:
     dtype: str = "float32"
 
     @classmethod
-    def read(cls, directory: Path, *, dtype: str = "float32", device: str = "cpu") -> DrawingModel:
-        """From a directory of `save_pretrained` with tokenizer.json, or a file of weights (docs/old-weights.md).
+    def read(
+        cls, directory: Path, *, companions: Companions | None = None, dtype: str = "float32", device: str = "cpu"
+    ) -> DrawingModel:
+        """From a directory of `save_pretrained`, or a file of weights (docs/old-weights.md).
 
         Where there are, it also reads captions.txt, examples.txt and sampling.json of the directory.
 
         Args:
+            companions: instead of what is in and beside the file; of a saved model: the tokenizer that it lacks.
             dtype: of the transformer; int8: bfloat16, its matrices held in 8 bits while it draws.
             device: torch's name of one.
-        Raises: FileNotFoundError, ValueError, TypeError (what the files hold, an unknown dtype, a device that is not
-            there).
+        Raises: FileNotFoundError, ValueError, TypeError (what the files hold, a companion that would do nothing, an
+            unknown dtype, a device that is not there).
         """
         if directory == SHIPPED_MODEL and not directory.is_dir():
             raise FileNotFoundError(
@@ -115,10 +120,8 @@ class DrawingModel:
         if dtype not in DTYPES:
             raise ValueError(f"model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         check_device(device)
-        dalle, tokenizer = _model_and_tokenizer(directory, device)
-        vae, dalle.vae = dalle.vae, None
+        dalle, tokenizer = _model_and_tokenizer(directory, companions or Companions(), device)
         dalle.to(torch.bfloat16 if dtype == "int8" else getattr(torch, dtype))
-        dalle.vae = vae
         captions, examples, sampling = (directory / name for name in ("captions.txt", "examples.txt", "sampling.json"))
         return cls(
             dalle,
@@ -166,14 +169,16 @@ class DrawingModel:
         return rows
 
 
-def _model_and_tokenizer(path: Path, device: str) -> tuple[DALLE, Any]:
+def _model_and_tokenizer(path: Path, companions: Companions, device: str) -> tuple[DALLE, Any]:
     """In float32, whatever is stored."""
-    if (path / CONFIG).is_file() or not path.exists():
+    _check_companions(path, companions)
+    complete = (path / CONFIG).is_file() and (path / _TOKENIZER).is_file()
+    if complete or not path.exists():
         dalle = DALLE.from_pretrained(path, device=device)
-        return dalle, HugTokenizer(path / "tokenizer.json")
+        return dalle, HugTokenizer(path / _TOKENIZER)
     from dalle_fast.compat.loading import load  # at call time: it knows all layouts, a saved model needs none of them
 
-    loaded = load(path)
+    loaded = load(path, companions)
     if not isinstance(loaded.model, DALLE):
         raise ValueError(
             f"model: {path} must hold a DALLE, got a {loaded.description.kind} ({loaded.description.format}). A DALLE "
@@ -182,6 +187,21 @@ def _model_and_tokenizer(path: Path, device: str) -> tuple[DALLE, Any]:
     if loaded.tokenizer is None:
         raise ValueError(loaded.problem)
     return loaded.model.to(device=device, dtype=torch.float32), loaded.tokenizer
+
+
+def _check_companions(path: Path, companions: Companions) -> None:
+    """Refuses those that would do nothing. Raises: ValueError."""
+    if (path / CONFIG).is_file():
+        own = ("vae", "yaml", "tokenizer") if (path / _TOKENIZER).is_file() else ("vae", "yaml")
+        for name in own:
+            if (given := getattr(companions, name)) is not None:
+                raise ValueError(
+                    f"model: --{name} must be left out, got {given}: {path} is a saved model, which carries its own."
+                )
+    elif companions.yaml is not None and companions.vae is None:
+        raise ValueError(
+            f"model: --yaml must be the configuration of a VQGAN that --vae names, got {companions.yaml} alone."
+        )
 
 
 def check_device(device: str) -> None:

@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from dalle_fast import rng
+from dalle_fast.compat.formats.base import Companions
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 _READ_AT_ONCE = 1 << 20
@@ -70,7 +71,9 @@ class JobConfig:
 
     Args:
         prompts: at least one.   images_per_prompt, seed: 64 bits.   batch_size: samples of a chunk.
-        model: directory of a saved model, or a file of weights.   model_hash: `hash_model` of it.
+        model: directory of a saved model, or a file of weights.
+        tokenizer, vae, yaml: its companions, paths; None: what is in or beside it.
+        model_hash: `hash_model` of it and them.
         device: torch's name.   dtype: of the transformer, one of DTYPES; int8: bfloat16 with weights of 8 bits.
         engine: "cpu" or "eager".
         temperature, top_k, top_p, filter_thres, cond_scale: as in `DALLE.generate_images`.
@@ -99,6 +102,9 @@ class JobConfig:
     known_hash: str | None = None
     rank: str | None = None
     keep: int | None = None
+    tokenizer: str | None = None
+    vae: str | None = None
+    yaml: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -130,6 +136,12 @@ class JobConfig:
     def n_chunks(self) -> int:
         """Of all samples; the last may be shorter."""
         return -(-self.n_samples // self.batch_size)
+
+    @property
+    def companions(self) -> Companions:
+        """Of the model."""
+        paths = {"vae": self.vae, "yaml": self.yaml, "tokenizer": self.tokenizer}
+        return Companions(**{name: None if path is None else Path(path) for name, path in paths.items()})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -219,19 +231,22 @@ def read_mapping(text: str, where: object) -> dict[str, Any]:
     return stored
 
 
-def hash_model(path: Path, *, draws: bool = True) -> str:
+def hash_model(path: Path, companions: Companions | None = None, *, draws: bool = True) -> str:
     """sha256 of what decides what a model draws: its files, their names, those of its VAE; no card, no CLIP.
 
-    Of a file of weights: the file, without its name, and, where it `draws`, a tokenizer.json beside it.
+    Of a file of weights: the file, without its name, and, where it `draws`, a tokenizer.json beside it. Companions that
+    are files count without their names: a tokenizer as if it lay beside the model.
 
     Raises: FileNotFoundError (nothing there).
     """
+    companions = companions or Companions()
     if not path.exists():
         raise FileNotFoundError(
             f"sample: the model must be a saved model's directory or a file of weights, found none at {path}."
         )
+    files = dict(_model_files(path, draws and companions.tokenizer is None)) | dict(_companion_files(companions))
     digest = hashlib.sha256()
-    for name, file in sorted(_model_files(path, draws)):
+    for name, file in sorted(files.items()):
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as opened:
             while block := opened.read(_READ_AT_ONCE):
@@ -257,6 +272,33 @@ def _model_files(path: Path, draws: bool) -> Iterator[tuple[str, Path]]:
             for name in ("config.json", "model.safetensors", "tokenizer.json"):
                 if (file := path / f"{folder}{name}").is_file():
                     yield f"{folder}{name}", file
+
+
+def _whole(name: str, path: Path) -> Iterator[tuple[str, Path]]:
+    """A file, or all that a directory holds."""
+    if path.is_file():
+        yield name, path
+    else:
+        yield from ((f"{name}/{file.relative_to(path).as_posix()}", file) for file in path.rglob("*") if file.is_file())
+
+
+def _companion_files(companions: Companions) -> Iterator[tuple[str, Path]]:
+    """As `_model_files`; no file of a model has one of these names but tokenizer.json."""
+    for name, path in vars(companions).items():
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"sample: --{name} must be a file or directory, found none at {path}.")
+    yaml_file = companions.yaml
+    if companions.tokenizer is not None:
+        yield from _whole("tokenizer.json", companions.tokenizer)
+    if companions.vae is not None:
+        vae = companions.vae
+        yield from ((f"--vae/{name}", file) for name, file in _model_files(vae, draws=False))
+        if vae.is_file():  # with what is read from beside it
+            halves = (vae.with_name(name) for name in ("encoder.pkl", "decoder.pkl"))
+            yield from ((f"--vae/{file.name}", file) for file in halves if file.is_file() and file.name != vae.name)
+            yaml_file = yaml_file or vae.with_suffix(".yaml")
+    if yaml_file is not None and yaml_file.is_file():
+        yield "--yaml", yaml_file
 
 
 def _checked(value: Any, hint: Any, key: str, where: object) -> Any:

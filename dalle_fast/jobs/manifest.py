@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dalle_fast import rng
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs.job import JobConfig, Sample, hash_codes
 from dalle_fast.jobs.stream import Drawer
 from dalle_fast.jobs.token_files import KNOWN, chunk_name, read_chunk, read_known
@@ -28,7 +29,8 @@ class Record:
         index, prompt_index, number, prompt, seed: as in `Sample`.
         score: None without a ranker.   kept: whether it has a picture.
         image, tokens: its files, from the manifest's folder on; None without a picture.   row: in the tokens.
-        settings: `JobConfig.settings`.   model, model_hash, device, dtype, engine: as in `JobConfig`.
+        settings: `JobConfig.settings`.
+        model, tokenizer, vae, yaml, model_hash, device, dtype, engine: as in `JobConfig`.
         backend: as in `DrawnChunk`.
         batch: (first, count), the samples that were drawn at a time.
     """
@@ -45,6 +47,9 @@ class Record:
     row: int
     settings: dict[str, Any]
     model: str
+    tokenizer: str | None
+    vae: str | None
+    yaml: str | None
     model_hash: str
     device: str
     dtype: str
@@ -59,8 +64,9 @@ class Record:
         return cls(
             index=sample.index, prompt_index=sample.prompt_index, number=sample.number, prompt=sample.prompt,
             seed=sample.seed, score=score, kept=image is not None, image=image, tokens=chunk_name(chunk), row=row,
-            settings=config.settings, model=config.model, model_hash=config.model_hash, device=config.device,
-            dtype=config.dtype, engine=config.engine, backend=backend,
+            settings=config.settings, model=config.model, tokenizer=config.tokenizer, vae=config.vae, yaml=config.yaml,
+            model_hash=config.model_hash, device=config.device, dtype=config.dtype, engine=config.engine,
+            backend=backend,
             batch=(chunk * config.batch_size, len(config.samples_of(chunk))),
         )  # fmt: skip
 
@@ -123,7 +129,8 @@ def _job_of(records: Sequence[Record]) -> JobConfig:
     """The job that draws these samples at a time, and scores none."""
     one = records[0]
     return _ListedJob(
-        prompts=tuple(record.prompt for record in records), model=one.model, model_hash=one.model_hash,
+        prompts=tuple(record.prompt for record in records), model=one.model, tokenizer=one.tokenizer, vae=one.vae,
+        yaml=one.yaml, model_hash=one.model_hash,
         images_per_prompt=1, seed=0, batch_size=len(records), device=one.device, dtype=one.dtype, engine=one.engine,
         listed=tuple(record.sample for record in records), **one.settings,
     )  # fmt: skip
@@ -152,13 +159,16 @@ def read_manifest(path: Path) -> Iterator[Record]:
             yield Record.from_line(line, f"{path}, line {number},")
 
 
-def redraw(path: Path, index: int, *, model_dir: Path | None = None) -> tuple[Tensor, Record, list[str]]:
+def redraw(
+    path: Path, index: int, *, model_dir: Path | None = None, companions: Companions | None = None
+) -> tuple[Tensor, Record, list[str]]:
     """Draws a sample of a manifest once more.
 
     On the `cpu` engine it is drawn alone, which changes no bit; on `eager` with those that it was drawn with.
 
     Args:
-        index: of the sample.   model_dir: where the model is now; None: where it was.
+        index: of the sample.   model_dir, companions: where the model and its companions are now; None: where they
+            were.
     Returns: pixels uint8 [C, H, W]; its record; and in words what may be, or is, other than it was: the backend, the
         stored codes. No words: the codes are those that are stored.
     Raises: FileNotFoundError (no manifest, no model), ValueError (a corrupt manifest, no such sample, another model
@@ -172,7 +182,10 @@ def redraw(path: Path, index: int, *, model_dir: Path | None = None) -> tuple[Te
         raise FileNotFoundError(
             f"sample: the model of sample {index} must be there, found none at {directory}. Name it with --model."
         )
-    job = replace(_job_of(records), model=str(directory))
+    moved: dict[str, Any] = {
+        name: str(now) for name, now in vars(companions or Companions()).items() if now is not None
+    }
+    job = replace(_job_of(records), model=str(directory), **moved)
     drawn = Drawer(job, known=_known_of(record, path)).draw(0)
     assert drawn.pixels is not None
     if drawn.backend != record.backend:

@@ -320,7 +320,8 @@ class JobFolder:
         c = self._config
         pictures = [Picture(s.name, s.index, s.seed, score, self._image(s)) for s, score in kept]
         backends = "; ".join(dict.fromkeys(record.backend for record in records))
-        facts = {"model": c.model, "model_hash": c.model_hash, "drawn by": backends, "rank": c.rank, **c.settings}
+        facts = {"model": c.model, **vars(c.companions), "model_hash": c.model_hash}
+        facts |= {"drawn by": backends, "rank": c.rank, **c.settings}
         said = {name: value for name, value in facts.items() if value is not None}
         return gallery_page(kept[0][0].prompt, pictures, n_drawn=len(records), ranked=c.rank is not None, facts=said)
 

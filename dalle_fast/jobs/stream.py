@@ -219,13 +219,13 @@ def memory_for_engine(max_memory: int, model: DrawingModel, batch_size: int, *, 
 
 def _read_model(config: JobConfig) -> DrawingModel:
     directory = Path(config.model)
-    model_hash = hash_model(directory)
+    model_hash = hash_model(directory, config.companions)
     if model_hash != config.model_hash:
         raise ValueError(
             f"sample: the model in {directory} must be the job's, with hash {config.model_hash[:12]}, got "
             f"{model_hash[:12]}. Copy the job's model there."
         )
-    return DrawingModel.read(directory, dtype=config.dtype, device=config.device)
+    return DrawingModel.read(directory, companions=config.companions, dtype=config.dtype, device=config.device)
 
 
 def _checked_known(known: Tensor, model: DrawingModel) -> Tensor:

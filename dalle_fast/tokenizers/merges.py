@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def read_clip_merges(path: str | Path) -> list[tuple[str, str]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(
             f"SimpleTokenizer: bpe_path must be readable UTF-8 text or its gzip, got {path} ({error}). {_HOW_TO_GET}"
         ) from error

@@ -2,6 +2,7 @@
 
 import pytest
 from click.testing import CliRunner
+from job_folders import checked
 from small_models import saved_model
 
 from dalle_fast.cli.merge import merge
@@ -34,14 +35,3 @@ def join():
         return checked(CliRunner().invoke(merge, [str(a) for a in arguments]), fails)
 
     return run
-
-
-def checked(result, fails):
-    """The result of a command that ended well, or with a sentence that holds `fails`."""
-    assert "Traceback" not in result.output
-    if fails is None:
-        assert result.exit_code == 0, (result.output, result.exception)
-    else:
-        assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), repr(result.exception)
-        assert fails in " ".join(result.output.split()), result.output
-    return result

@@ -1,4 +1,4 @@
-"""What commands leave in a folder, and a ranker for them."""
+"""How commands end, what they leave in a folder, and a ranker for them."""
 
 import json
 
@@ -34,3 +34,14 @@ def picture(path, size=16):
     levels = torch.randint(256, (size, size, 3), generator=torch.Generator().manual_seed(size), dtype=torch.uint8)
     Image.fromarray(levels.numpy()).save(path)
     return path
+
+
+def checked(result, fails):
+    """The result of a command that ended well, or with a sentence that holds `fails`."""
+    assert "Traceback" not in result.output
+    if fails is None:
+        assert result.exit_code == 0, (result.output, result.exception)
+    else:
+        assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), repr(result.exception)
+        assert fails in " ".join(result.output.split()), result.output
+    return result

@@ -73,12 +73,17 @@ class TestFlagsOfTheOriginal:
         assert [got[name] for name in names] == [["red apple", "a flag"], 2, 3, 0.5, None, str(model)]
 
     @pytest.mark.parametrize("flag", ["--hug", "--chinese", "--taming"])
-    def test_tokenizers_and_vaes_are_refused(self, draw, flag):
-        draw("red", flag, fails=f"{flag} must be left out: a saved model carries its tokenizer and its VAE")
+    def test_what_files_say_themselves_is_refused(self, draw, flag):
+        draw("red", flag, fails=f"{flag} must be left out: what a tokenizer or a VAE is, its file says")
 
-    @pytest.mark.parametrize("flag", ["--bpe_path", "--vqgan_model_path", "--vqgan_config_path"])
-    def test_their_files_are_refused(self, draw, flag):
-        draw("red", flag, "file", fails=f"{flag} must be left out")
+    @pytest.mark.parametrize(
+        ("flag", "option"),
+        [("--bpe_path", "tokenizer"), ("--vqgan_model_path", "vae"), ("--vqgan_config_path", "yaml")],
+    )
+    def test_files_are_companions(self, draw, tmp_path, flag, option):
+        draw("red", flag, tmp_path / "none", fails="'" + str(tmp_path / "none") + "' does not exist")
+        (tmp_path / "file").write_text("")
+        draw("red", flag, tmp_path / "file", fails=f"--{option} must be left out, got {tmp_path / 'file'}")
 
     def test_thresholds_are_no_numbers_of_codes(self, draw):
         draw("red", "--top_k", 64, fails="A number of codes to keep is --top-k, with a hyphen.")

@@ -1,12 +1,17 @@
 """A saved model as drawing needs it: dtypes, devices, prompts as ids, settings, and what is said where one is wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import saved_model
+from small_models import saved_model, small_dalle, small_tokenizer
 
+from dalle_fast.compat.checkpoints import write_upstream
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs import drawing_model
 from dalle_fast.jobs.drawing_model import DrawingModel, SamplingSettings
+from dalle_fast.models.dvae import DiscreteVAE
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +101,40 @@ def test_what_cannot_be_is_refused_in_words(saved, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_weights_takes_what_is_named(tmp_path):
+    dalle = small_dalle(torch.float32)
+    write_upstream(dalle, tmp_path / "old.pt")
+    words = Companions(tokenizer=tmp_path / "words.json")
+    small_tokenizer().save(str(words.tokenizer))
+    model = DrawingModel.read(tmp_path / "old.pt", companions=words)
+    assert model.token_ids(["green", "flag"], False)[:, 0].tolist() == [2, 5]
+    assert torch.equal(model.dalle.vae.codebook.weight, dalle.vae.codebook.weight)
+    vae = DiscreteVAE(image_size=16, num_tokens=30, codebook_dim=4, num_layers=1, hidden_dim=4)
+    vae.save_pretrained(tmp_path / "vae")
+    model = DrawingModel.read(tmp_path / "old.pt", companions=replace(words, vae=tmp_path / "vae"), dtype="bfloat16")
+    assert torch.equal(model.dalle.vae.codebook.weight, vae.codebook.weight)
+
+
+def test_a_saved_model_takes_the_tokenizer_that_it_lacks(saved, tmp_path):
+    bare = saved_model(tmp_path / "bare")
+    words = (bare / "tokenizer.json").rename(tmp_path / "words.json")
+    model, whole = DrawingModel.read(bare, companions=Companions(tokenizer=words)), DrawingModel.read(saved)
+    assert model.examples == whole.examples and model.tokenizer.encode("a flag") == whole.tokenizer.encode("a flag")
+    for name, value in whole.dalle.state_dict().items():
+        assert torch.equal(model.dalle.state_dict()[name], value), name
+    for name in ("vae", "yaml"):
+        with pytest.raises(ValueError, match=rf"--{name} must be left out, got .*bare is a saved model, which carries"):
+            DrawingModel.read(bare, companions=Companions(**{name: words}))
+    with pytest.raises(ValueError, match="--tokenizer must be left out"):
+        DrawingModel.read(saved, companions=Companions(tokenizer=words))
+
+
 def test_a_directory_that_lacks_something_is_refused_in_words(saved, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="from_pretrained: path must be a directory"):
         DrawingModel.read(tmp_path / "none")
     bare = saved_model(tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"needs the tokenizer it was trained with.*--tokenizer"):
         DrawingModel.read(bare)
     monkeypatch.setattr(drawing_model, "SHIPPED_MODEL", tmp_path / "assets")
     with pytest.raises(FileNotFoundError, match=r"the shipped model is part of the repository.*--model"):

@@ -1,11 +1,13 @@
 """Jobs on paper: numbers, seeds, chunks, and the configuration as a file."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from small_models import saved_model
 
+from dalle_fast.compat.formats.base import Companions
 from dalle_fast.jobs.job import JobConfig, hash_codes, hash_model, read_mapping
 
 
@@ -148,6 +150,51 @@ def test_the_hash_of_a_model_is_that_of_what_draws(tmp_path):
     assert hash_model(directory) == before
     with pytest.raises(FileNotFoundError, match="found none at"):
         hash_model(tmp_path / "missing")
+
+
+def written(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def test_the_hash_of_a_file_is_that_of_its_companions_too(tmp_path):
+    model, words = written(tmp_path / "old.pt", "model"), written(tmp_path / "words.json", "words")
+    vae, yaml = written(tmp_path / "vae" / "vqgan.ckpt", "vae"), written(tmp_path / "vqgan.yaml", "yaml")
+    alone, named = hash_model(model), Companions(vae, yaml, words)
+    different = {alone, *(hash_model(model, dataclasses.replace(named, **{name: None})) for name in vars(named))}
+    assert len(different | {hash_model(model, named)}) == 5
+    for path in (words, vae, yaml):
+        before, content = hash_model(model, named), path.read_text()
+        path.write_text("other")
+        assert hash_model(model, named) != before, path
+        path.write_text(content)
+
+    # Not their names; and what lies beside is as if it were named.
+    copies = Companions(
+        *(written(tmp_path / "copies" / f"{i}", p.read_text()) for i, p in enumerate((vae, yaml, words)))
+    )
+    assert hash_model(model, copies) == hash_model(model, named)
+    written(tmp_path / "vae" / "vqgan.yaml", "yaml"), written(tmp_path / "tokenizer.json", "words")
+    assert hash_model(model, Companions(vae)) == hash_model(model, named)
+    assert hash_model(model, Companions(tokenizer=copies.tokenizer)) == hash_model(model) != alone
+
+
+def test_the_hash_of_companions_is_of_folders_and_halves_as_well(tmp_path):
+    model, vae = written(tmp_path / "old.pt", "model"), written(tmp_path / "vae" / "encoder.pkl", "encoder")
+    for path in (written(tmp_path / "vae" / "decoder.pkl", "d"), written(tmp_path / "words" / "vocab.txt", "v")):
+        named = Companions(vae=vae, tokenizer=tmp_path / "words")
+        before = hash_model(model, named)
+        path.write_text("other")
+        assert hash_model(model, named) != before, path
+    with pytest.raises(FileNotFoundError, match=r"--vae must be a file or directory, found none at .*gone"):
+        hash_model(model, Companions(vae=tmp_path / "gone"))
+
+
+def test_the_companions_of_a_job_are_paths():
+    job = config(tokenizer="/words.json", yaml="/vqgan.yaml")
+    assert job.companions == Companions(tokenizer=Path("/words.json"), yaml=Path("/vqgan.yaml"))
+    assert JobConfig.from_yaml(job.to_yaml(), "config.yaml").companions == job.companions
 
 
 def test_every_field_is_in_the_file():

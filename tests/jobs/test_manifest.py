@@ -19,8 +19,8 @@ from dalle_fast.jobs.store import JobFolder
 from dalle_fast.jobs.stream import Drawer
 
 KEYS = (
-    "index prompt_index number prompt seed score kept image tokens row settings model model_hash device dtype engine "
-    "backend batch"
+    "index prompt_index number prompt seed score kept image tokens row settings model tokenizer vae yaml model_hash "
+    "device dtype engine backend batch"
 )
 
 
