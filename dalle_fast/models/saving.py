@@ -44,6 +44,7 @@ class Pretrained(nn.Module):
 
     A subclass does nothing for it: its `__init__` is wrapped so that `config` holds the arguments it was called with.
     An argument that is itself a model must be kept as the attribute of the same name; it is saved as a subdirectory.
+    `__init__` must not look at the values of parameters: where weights follow, they have none yet (`unfilled`).
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -59,7 +60,7 @@ class Pretrained(nn.Module):
         """
         arguments: dict[str, Any] = self.__dict__.get("_arguments", {})
         where = type(self).__name__
-        return {k: _plain(v, f"{where}: argument {k}") for k, v in arguments.items() if v is not _IS_A_MODEL}
+        return {k: _plain(v, f"{where}: argument {k}") for k, v in arguments.items() if v is not _IsAModel}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """nn.Module.load_state_dict that also takes dalle_pytorch's names (every release since 0.8.0).
@@ -144,7 +145,9 @@ class Pretrained(nn.Module):
 
 # --- the constructor's arguments --------------------------------------------------------------------------------------
 
-_IS_A_MODEL = object()
+
+class _IsAModel:
+    """Stands for an argument that is a model: a class, because copies and pickles of a class are itself."""
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
@@ -161,7 +164,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
             if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(value)
             else:
-                arguments[name] = _IS_A_MODEL if isinstance(value, nn.Module) else value
+                arguments[name] = _IsAModel if isinstance(value, nn.Module) else value
         self.__dict__["_arguments"] = arguments
 
     return recorded
@@ -190,7 +193,7 @@ def _plain(value: Any, where: str) -> Any:
 
 def _write(model: Pretrained, directory: Path, dtype: torch.dtype | None, card: str | None) -> None:
     directory.mkdir(parents=True)
-    models = [name for name, value in model.__dict__["_arguments"].items() if value is _IS_A_MODEL]
+    models = [name for name, value in model.__dict__["_arguments"].items() if value is _IsAModel]
     config = {
         "format_version": FORMAT_VERSION,
         "class": type(model).__name__,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,15 @@ def test_dalle_comes_back(tmp_path: Path, options: dict) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
     text, codes = torch.randint(1, 30, (2, 5)), torch.randint(0, 20, (2, 7))
     assert torch.equal(again(text, codes), dalle(text, codes))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_saved_as_what_they_were_copied_from(tmp_path: Path, copied: Callable[[DALLE], DALLE]) -> None:
+    dalle = make_dalle()
+    again = copied(dalle)
+    again.save_pretrained(tmp_path / "copy")
+    assert again.config == dalle.config
+    assert torch.equal(DALLE.from_pretrained(tmp_path / "copy").vae.codebook.weight, dalle.vae.codebook.weight)
 
 
 def test_a_fresh_process_finds_the_classes_itself(tmp_path: Path) -> None:
