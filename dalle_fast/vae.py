@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dalle_fast.models.dvae import DiscreteVAE
 from dalle_fast.models.logit_laplace import map_pixels, unmap_pixels
+from dalle_fast.models.openai_dvae import OpenAIDiscreteVAE
 from dalle_fast.models.vqgan import VQGanVAE
 
-__all__ = ["DiscreteVAE", "VQGanVAE", "map_pixels", "unmap_pixels"]
+__all__ = ["DiscreteVAE", "OpenAIDiscreteVAE", "VQGanVAE", "map_pixels", "unmap_pixels"]

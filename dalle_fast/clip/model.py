@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dalle_fast.clip import names, preprocessing
 from dalle_fast.clip.architecture import HEAD_WIDTH, why_not
 from dalle_fast.clip.towers import ImageTower, TextTower
-from dalle_fast.models.alone import each_alone, in_float32, widened
+from dalle_fast.models.alone import computed_alone, each_alone, in_float32, widened
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.state_dicts import check_shapes
 
@@ -121,7 +121,7 @@ class PretrainedCLIP(Pretrained):
         """
         self._check_image(image)
         model = in_float32(self) if image.device.type == "cpu" else self
-        if self._together(image) or not len(image):
+        if self._together(image):
             return _wide(model.image_tower(image))
         return torch.cat(each_alone(lambda row: _wide(model.image_tower(image[row : row + 1])), len(image)))
 
@@ -136,7 +136,7 @@ class PretrainedCLIP(Pretrained):
         self._check_text(text)
         ends = self._ends(text)
         model = in_float32(self) if text.device.type == "cpu" else self
-        if self._together(text) or not len(text):
+        if self._together(text):
             return _wide(model.text_tower(text, ends))
         read = [tuple(ids[: end + 1]) for ids, end in zip(text.tolist(), ends.tolist(), strict=True)]
         distinct = list(dict.fromkeys(read))
@@ -165,8 +165,8 @@ class PretrainedCLIP(Pretrained):
         check_shapes(self, ours)
         return nn.Module.load_state_dict(self, ours, strict=strict, assign=assign)
 
-    def _together(self, x: Tensor) -> bool:
-        return x.device.type != "cpu" or self.training or torch.compiler.is_compiling()
+    def _together(self, rows: Tensor) -> bool:
+        return self.training or not computed_alone(rows)
 
     def _ends(self, text: Tensor) -> Tensor:
         """int64 [B]: where each text ends."""

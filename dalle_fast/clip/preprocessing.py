@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dalle_fast.models.alone import each_alone
+from dalle_fast.models.alone import computed_alone, each_alone
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,7 +47,7 @@ def preprocess(
         pixels = _checked(pictures)
         if pixels.dim() == 3:
             return _normalised(_resized(pixels[None], size), mean, std)[0]
-        if pixels.device.type != "cpu" or not len(pixels):
+        if not computed_alone(pixels):
             return _normalised(_resized(pixels, size), mean, std)
         rows = each_alone(lambda row: _resized(pixels[row : row + 1], size), len(pixels))
         return _normalised(torch.cat(rows), mean, std)

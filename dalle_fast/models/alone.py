@@ -19,6 +19,11 @@ _REDUCED = (torch.bfloat16, torch.float16)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+def computed_alone(rows: Tensor) -> bool:
+    """Whether these rows are computed alone: there are some, on a CPU, and no graph of the whole batch is traced."""
+    return rows.device.type == "cpu" and len(rows) > 0 and not torch.compiler.is_compiling()
+
+
 def each_alone(function: Callable[[int], Tensor], count: int) -> list[Tensor]:
     """[function(0), ..., function(count - 1)], each on one thread; as many of them at once as torch has threads.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle_fast.models.alone import each_alone, in_float32
+from dalle_fast.models.alone import computed_alone, each_alone, in_float32
 from dalle_fast.models.saving import PathLike, Pretrained
 from dalle_fast.models.transformer import Transformer
 
@@ -108,8 +108,7 @@ class CLIP(Pretrained):
         if return_loss and n_texts == 0:
             raise ValueError("CLIP: return_loss needs at least one pair, got an empty batch. Skip it.")
 
-        apart = not return_loss and n_texts and n_images and not torch.compiler.is_compiling()
-        if apart and text.device.type == "cpu":
+        if not return_loss and computed_alone(text) and computed_alone(image):
             return self._similarities(text, image, text_mask)
         text_latents = self._text_latents(text, text_mask)
         image_latents = self._image_latents(image)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast import rng
-from dalle_fast.models.alone import each_alone, in_float32, rounded
+from dalle_fast.models.alone import computed_alone, each_alone, in_float32, rounded
 from dalle_fast.models.quantiser import VectorQuantiser
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.vae_protocol import check_pictures, side_of_codes
@@ -182,7 +182,7 @@ class DiscreteVAE(Pretrained):
         Numerics: on CPUs a picture's bits depend on its codes and the weights alone; 16-bit models compute in float32.
         """
         side = side_of_codes("DiscreteVAE", img_seq, self.num_tokens)
-        if img_seq.device.type != "cpu" or torch.compiler.is_compiling() or len(img_seq) == 0:
+        if not computed_alone(img_seq):
             return self.decoder(self._embeds(img_seq, side))
         decoder, rows = in_float32(self.decoder), img_seq.split(1)
         return torch.cat(each_alone(lambda i: rounded(decoder, self._embeds(rows[i], side)), len(rows)))

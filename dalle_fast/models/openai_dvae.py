@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast import rng
-from dalle_fast.models.alone import each_alone, in_float32, widened
+from dalle_fast.models.alone import computed_alone, each_alone, in_float32, widened
 from dalle_fast.models.dvae import ForwardStatistics
 from dalle_fast.models.logit_laplace import logit_laplace_loss, map_pixels, unmap_pixels
 from dalle_fast.models.saving import PathLike, Pretrained
@@ -125,6 +125,10 @@ class OpenAIDiscreteVAE(Pretrained):
         self.image_size = image_size
         self.temperature = temperature
         self.kl_div_loss_weight = kl_div_loss_weight
+        # What is saved: a training changes the attributes from step to step.
+        self._settings = {
+            "image_size": image_size, "temperature": temperature, "kl_div_loss_weight": kl_div_loss_weight,
+        }  # fmt: skip
         self.loss_fn = logit_laplace_loss
         if from_scratch:
             for name, path in (("encoder_path", encoder_path), ("decoder_path", decoder_path)):
@@ -161,8 +165,7 @@ class OpenAIDiscreteVAE(Pretrained):
     @property
     def config(self) -> dict[str, Any]:
         """Arguments that build this model again, without files: the weights lie beside."""
-        own = {name: getattr(self, name) for name in ("image_size", "temperature", "kl_div_loss_weight")}
-        return {"from_scratch": True, **own, **asdict(self.sizes)}
+        return {"from_scratch": True, **self._settings, **asdict(self.sizes)}
 
     def norm(self, images: Tensor) -> Tensor:
         """Pixels in 0..1 -> 0.1..0.9, as the encoder and the loss take them."""
@@ -178,9 +181,9 @@ class OpenAIDiscreteVAE(Pretrained):
         Numerics: on CPUs a picture's codes depend on it and the weights alone; 16-bit models compute in float32.
         """
         check_pictures(_NAME, images, self.channels, self.image_size)
-        if images.device.type != "cpu" or torch.compiler.is_compiling() or len(images) == 0:
+        if not computed_alone(images):
             return _codes(self.encoder, images)
-        encoder, rows = in_float32(self.encoder), cast(Tensor, widened(images)).contiguous().split(1)
+        encoder, rows = in_float32(self.encoder), images.contiguous().split(1)
         return torch.cat(each_alone(lambda i: _codes(encoder, rows[i]), len(rows)))
 
     def decode(self, img_seq: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ class OpenAIDiscreteVAE(Pretrained):
         Numerics: as `get_codebook_indices`.
         """
         side = side_of_codes(_NAME, img_seq, self.num_tokens)
-        if img_seq.device.type != "cpu" or torch.compiler.is_compiling() or len(img_seq) == 0:
+        if not computed_alone(img_seq):
             return self._pictures(self.decoder(self._embeds(img_seq, side)))
         decoder, rows, dtype = in_float32(self.decoder), img_seq.split(1), self.codebook.weight.dtype
 
@@ -270,7 +273,9 @@ class OpenAIDiscreteVAE(Pretrained):
 
 
 def _codes(encoder: nn.Sequential, images: Tensor) -> Tensor:
-    features, last = encoder[:-1](map_pixels(images)), cast(nn.Conv2d, encoder[-1])
+    """[B, c, S, S] in 0..1 -> int64 [B, n], in the dtype of the weights."""
+    last = cast(nn.Conv2d, encoder[-1])
+    features = encoder[:-1](map_pixels(images.to(last.weight.dtype)))
     return codebook_indices(features, last.weight.flatten(1), last.bias).flatten(1)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dalle_fast.models.alone import each_alone, in_float32
+from dalle_fast.models.alone import computed_alone, each_alone, in_float32
 from dalle_fast.models.saving import Pretrained
 from dalle_fast.models.state_dicts import some
 from dalle_fast.models.unfilled import unfilled
@@ -162,7 +162,7 @@ class VQGanVAE(Pretrained):
             self._build(taming_vqgan.architecture_of(state_dict, config, image_size=image_size))
         taming_vqgan.check_names(self, state_dict)
         self.load_state_dict(state_dict, assign=True)
-        self.float()
+        self.float().eval()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -192,10 +192,9 @@ class VQGanVAE(Pretrained):
         check_pictures("VQGanVAE", img, self.channels, self.image_size)
         if len(img) == 0:
             return img.new_empty(0, (self.image_size >> self.num_layers) ** 2, dtype=torch.int64)
-        if img.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._codes(img.to(self.codebook.weight.dtype))
-        twin = in_float32(self)
-        rows = img.to(twin.codebook.weight.dtype).split(1)
+        if not computed_alone(img):
+            return self._codes(img)
+        twin, rows = in_float32(self), img.contiguous().split(1)
         return torch.cat(each_alone(lambda i: twin._codes(rows[i]), len(rows)))
 
     def decode(self, img_seq: Tensor) -> Tensor:
@@ -210,7 +209,7 @@ class VQGanVAE(Pretrained):
         if len(img_seq) == 0:
             size = side * 2**self.num_layers
             return self.codebook.weight.new_empty(0, self.channels, size, size)
-        if img_seq.device.type != "cpu" or torch.compiler.is_compiling():
+        if not computed_alone(img_seq):
             return self._pictures(img_seq, side)
         twin, rows = in_float32(self), img_seq.split(1)
         return torch.cat(each_alone(lambda i: twin._pictures(rows[i], side).to(dtype), len(rows)))
@@ -223,8 +222,8 @@ class VQGanVAE(Pretrained):
         )
 
     def _codes(self, img: Tensor) -> Tensor:
-        """[B, c, height, width] -> int64 [B, n]."""
-        z = self.to_codebook(self.encoder(2 * img - 1))
+        """[B, c, height, width] in 0..1 -> int64 [B, n], in the dtype of the weights."""
+        z = self.to_codebook(self.encoder(2 * img.to(self.codebook.weight.dtype) - 1))
         if self.to_logits is not None:
             return codebook_indices(z, self.to_logits.weight.flatten(1), self.to_logits.bias).flatten(1)
         codebook = self.codebook.weight

@@ -50,6 +50,18 @@ def test_both_files_are_read_without_their_package(files):
     assert torch.equal(vae.decode(codes), model.decode(codes))
 
 
+def test_what_is_trained_on_from_files_leaves_them_as_they_are(files):
+    folder, _ = files
+    paths = [folder / name for name in ("encoder.pkl", "decoder.pkl")]
+    before = [path.read_bytes() for path in paths]
+    vae = OpenAIDiscreteVAE(*paths, image_size=16).requires_grad_(True)
+    optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
+    vae(pictures(), return_loss=True, seed=0).backward()
+    optimizer.step()
+    assert [path.read_bytes() for path in paths] == before
+    assert not same(vae, OpenAIDiscreteVAE(*paths, image_size=16))
+
+
 def test_the_originals_cache_is_where_they_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / ".cache" / "dalle"

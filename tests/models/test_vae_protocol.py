@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from small_vqgans import small_vqgan
 
 from dalle_fast import DALLE, ColourClusterVAE, DiscreteVAE, OpenAIDiscreteVAE
+from dalle_fast import vae as vae_module
 from dalle_fast.models.vae_protocol import ATTRIBUTES, ImageTokenizer, check_vae, saved_vae
 
 PAGE = (Path(__file__).parents[2] / "docs" / "vaes.md").read_text(encoding="utf-8")
 SIZES = {"dim": 32, "depth": 1, "heads": 1, "dim_head": 16, "num_text_tokens": 20, "text_seq_len": 4}
+
+VAES = [
+    pytest.param(lambda: OpenAIDiscreteVAE(from_scratch=True, image_size=16, num_tokens=12, hidden_dim=8), id="openai"),
+    pytest.param(lambda: small_vqgan("vq"), id="vq"),
+    pytest.param(lambda: small_vqgan("gumbel"), id="gumbel"),
+    pytest.param(lambda: ColourClusterVAE(image_size=4, num_tokens=8), id="colours"),
+]
 
 
 class Levels:
@@ -94,6 +105,11 @@ def test_what_is_something_else_is_named(changes, error, sentence):
         check_vae(vae, "encode")
 
 
+def test_the_originals_module_has_its_names():
+    assert vae_module.OpenAIDiscreteVAE is OpenAIDiscreteVAE and vae_module.DiscreteVAE is DiscreteVAE
+    assert all(hasattr(vae_module, name) for name in vae_module.__all__)
+
+
 def test_classes_and_wrappers_get_advice():
     with pytest.raises(TypeError, match="Pass an instance, not the class"):
         check_vae(DiscreteVAE)
@@ -101,6 +117,39 @@ def test_classes_and_wrappers_get_advice():
     wrapped.module = Levels()
     with pytest.raises(TypeError, match="pass the module inside"):
         check_vae(wrapped)
+
+
+@pytest.mark.parametrize("make", VAES)
+def test_a_dalle_on_pixels_compiles_into_one_graph(make):
+    torch.manual_seed(0)
+    vae = make()
+    dalle = DALLE(vae=vae, **SIZES)
+    side = vae.image_size
+    text, images = torch.randint(1, 20, (2, 4)), torch.rand(2, 3, side, side)
+    torch.compiler.reset()
+    compiled = torch.compile(dalle, fullgraph=True, backend="aot_eager")
+    codes = vae.get_codebook_indices(images)
+    assert torch.equal(compiled(text, images, return_loss=True), compiled(text, codes, return_loss=True))
+
+
+@pytest.mark.parametrize("make", VAES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda vae: pickle.loads(pickle.dumps(vae))])
+def test_copies_and_pickles_of_a_vae_are_it(make, copied):
+    vae = make().eval()
+    again = copied(vae)
+    images = torch.rand(2, 3, vae.image_size, vae.image_size)
+    assert again.config == vae.config and again.state_dict().keys() == vae.state_dict().keys()
+    assert torch.equal(again.get_codebook_indices(images), vae.get_codebook_indices(images))
+
+
+@pytest.mark.parametrize("make", VAES)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_pictures_of_another_dtype_than_the_weights_are_read(make, dtypes):
+    of_weights, of_pictures = dtypes
+    vae = make().to(of_weights)
+    images = torch.rand(2, 3, vae.image_size, vae.image_size)
+    codes = vae.get_codebook_indices(images.to(of_weights))
+    assert torch.equal(vae.get_codebook_indices(images.to(of_pictures)), codes)
 
 
 def test_a_saved_model_that_is_no_vae_is_refused(tmp_path):

@@ -51,6 +51,7 @@ def test_a_picture_alone_equals_the_same_in_a_batch(kind: str, dtype: torch.dtyp
     drawn = model.decode(codes)
     assert drawn.dtype == dtype and drawn.shape == images.shape
     torch.set_num_threads(3)
+    assert torch.equal(model.get_codebook_indices(images.to(memory_format=torch.channels_last)), codes)
     for i in (0, 4):
         assert torch.equal(model.get_codebook_indices(images[i : i + 1]), codes[i : i + 1])
         assert torch.equal(model.decode(codes[i : i + 1]), drawn[i : i + 1])
