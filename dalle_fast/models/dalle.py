@@ -393,5 +393,6 @@ class DALLE(Pretrained):
         pixels = [self.vae.channels, self.vae.image_size, self.vae.image_size]
         check_image_shape(image, text.shape[0], self.image_seq_len, pixels)
         if image.dim() == 4:
-            return self.vae.get_codebook_indices(pixels_for(self.vae, image))
+            with torch.autocast(image.device.type, enabled=False):  # codes of 16 bits would be others
+                return self.vae.get_codebook_indices(pixels_for(self.vae, image))
         return checked_ids(image, self.num_image_tokens, "image codes")

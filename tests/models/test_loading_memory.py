@@ -114,6 +114,18 @@ def test_pixels_in_16_bits_are_read_by_a_float32_vae():
     assert torch.equal(model(prompts(2), pixels), wanted)
 
 
+def test_under_autocast_pixels_have_the_codes_that_they_have_without():
+    model = small_dalle(torch.float32)
+    dtypes = []
+    model.vae.encoder[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wanted = model.vae.get_codebook_indices(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(prompts(2), pixels)
+        assert torch.equal(logits, model(prompts(2), wanted))
+    assert set(dtypes) == {torch.float32} and logits.dtype == torch.bfloat16
+
+
 def test_a_saved_model_in_16_bits_has_a_float32_vae(tmp_path):
     model = small_dalle(torch.float32)
     model.save_pretrained(tmp_path / "model")
