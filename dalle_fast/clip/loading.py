@@ -21,6 +21,7 @@ from dalle_fast.clip.architecture import is_clip, sizes_of, why_not
 from dalle_fast.clip.model import PretrainedCLIP
 from dalle_fast.clip.names import to_ours, without_wrappers
 from dalle_fast.compat.reading import Node, Stored, read, state_dict_of
+from dalle_fast.models.unfilled import unfilled
 
 OPENAI_ARCHIVE, OPENAI, OPEN_CLIP, HUGGING_FACE = (
     "OpenAI CLIP (TorchScript archive)", "OpenAI CLIP state dict", "open_clip", "Hugging Face CLIPModel",
@@ -146,7 +147,7 @@ def build(found: FoundCLIP, **given: Any) -> PretrainedCLIP:
     arguments, assumed = arguments_of(found, weights, **given)
     if assumed:
         warnings.warn(assumed, stacklevel=3)
-    with torch.device("meta"):
+    with unfilled():
         model = PretrainedCLIP(**arguments)
     model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -17,6 +17,8 @@ _DRAWS = frozenset(
      "orthogonal_", "sparse_")
 )  # fmt: skip
 
+_one_at_a_time = threading.RLock()  # torch's hooks and random state are those of all threads
+
 
 @contextmanager
 def unfilled() -> Iterator[None]:
@@ -33,12 +35,12 @@ def unfilled() -> Iterator[None]:
             return None
         return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
-    try:
-        with torch.random.fork_rng(devices=[]), _Undrawn():
+    with _one_at_a_time, torch.random.fork_rng(devices=[]), _Undrawn():
+        handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
+        try:
             yield
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
 
 
 class _Undrawn(TorchFunctionMode):
