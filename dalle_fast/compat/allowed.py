@@ -276,5 +276,5 @@ _INERT_BELOW = (
     "__torch__.", "torch.nn.", "torch.optim.", "torch.utils.data.", "torch._utils._rebuild_", "torchvision.transforms.",
     "dall_e.", "dalle_pytorch.", "taming.", "clip.", "open_clip.", "pytorch_lightning.", "lightning.",
     "lightning_fabric.", "lightning_utilities.", "omegaconf.", "deepspeed.", "apex.", "transformers.configuration_",
-    "main.",
+    "transformers.train", "accelerate.", "main.",
 )  # fmt: skip

@@ -118,8 +118,8 @@ def _entry(buffer: mmap.mmap, at: int) -> tuple[str, Record, int]:
         raise Damaged("has a directory with an entry that is none")
     flags, method, packed, size = struct.unpack_from("<8xHH8xII", buffer, at)
     n_name, n_extra, n_comment, local = struct.unpack_from("<28xHHH8xI", buffer, at)
-    if n_name > _MOST_NAME:
-        raise Damaged("has a record of a very long name")
+    if n_name > _MOST_NAME or n_extra > _MOST_NAME:
+        raise Damaged("has a record of a very long name, or of many fields")
     name = buffer[at + 46 : at + 46 + n_name].decode("utf-8", "replace")
     extra = buffer[at + 46 + n_name : at + 46 + n_name + n_extra]
     size, packed, local = _large(extra, [size, packed, local])

@@ -26,7 +26,16 @@ from torch import Tensor
 from dalle_fast.compat.allowed import NAMES, Storage, StorageType
 from dalle_fast.compat.archives import Record, inflated, records_of
 from dalle_fast.compat.nesting import check_nesting
-from dalle_fast.compat.nodes import Budget, Damaged, Reference, Refused, UnreadableFile, UnsafeFile, printable
+from dalle_fast.compat.nodes import (
+    LONGEST_KEY,
+    Budget,
+    Damaged,
+    Reference,
+    Refused,
+    UnreadableFile,
+    UnsafeFile,
+    printable,
+)
 from dalle_fast.compat.unpickling import unpickle
 
 _MOST_OBJECTS = 112 << 20  # bytes of what is not in storages
@@ -162,7 +171,6 @@ class _Zip(_Bytes):
             n_bytes = n * dtype.itemsize
             if record is None or record.size < n_bytes:
                 raise Damaged(f"has no {n_bytes} bytes of a storage {key[:40]!r}")
-            self.budget.spend(1000)
             self.storages[key, dtype] = Storage(self.storage(record, n_bytes, dtype))
         return self.storages[key, dtype]
 
@@ -184,16 +192,16 @@ class _Legacy(_Bytes):
             header.append(value)
         if header[0] != _LEGACY_MAGIC or header[1] != 1001:
             raise Damaged("is of an unknown version of torch.save")
-        sizes: dict[str, tuple[torch.dtype, int]] = {}
+        noted: dict[str, Tensor] = {}
         # The data are read twice, and exist once at a time.
-        after = self.unpickled(position, self.note_sizes(sizes), Budget(self.budget.left))[1]
+        after = self.unpickled(position, self.without_bytes(noted), Budget(self.budget.left))[1]
         keys, end = self.unpickled(after, _no_storage, self.budget)
-        if not isinstance(keys, list) or not all(isinstance(key, str) and key in sizes for key in keys):
+        if not isinstance(keys, list) or not all(isinstance(key, str) and key in noted for key in keys):
             raise Damaged("lists storages that it does not have")
         storages = {}
         for key in keys:
             self.budget.spend(1000)
-            dtype, n = sizes[key]
+            dtype, n = noted[key].dtype, noted[key].numel()
             if int.from_bytes(self.buffer[end : end + 8], "little") != n or end + 8 + n * dtype.itemsize > len(
                 self.buffer
             ):
@@ -206,15 +214,17 @@ class _Legacy(_Bytes):
     def unpickled(self, position: int, persistent: Callable[[Any], Any], budget: Budget) -> tuple[Any, int]:
         return unpickle(self.buffer, position, len(self.buffer), names=NAMES, persistent=persistent, budget=budget)
 
-    def note_sizes(self, sizes: dict[str, tuple[torch.dtype, int]]) -> Callable[[Any], Any]:
-        """Storages without bytes, whose sizes are written down."""
+    def without_bytes(self, noted: dict[str, Tensor]) -> Callable[[Any], Any]:
+        """Storages without bytes, which are written down."""
 
         def flat(key: str, dtype: torch.dtype, n: int) -> Tensor:
             if n * dtype.itemsize > len(self.buffer):
                 raise Damaged(f"has a storage of {n} values, more than its bytes hold")
-            if sizes.setdefault(key, (dtype, n)) != (dtype, n):
+            if key not in noted:
+                noted[key] = torch.empty(n, dtype=dtype, device="meta")
+            if (noted[key].dtype, noted[key].numel()) != (dtype, n):
                 raise Damaged(f"has two storages of one name, {key[:40]!r}")
-            return torch.empty(n, dtype=dtype, device="meta")
+            return noted[key]
 
         return _persistent(flat)
 
@@ -247,7 +257,8 @@ def _checked_pid(pid: Any) -> tuple[torch.dtype, str, int]:
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
         raise Damaged("refers to something outside that is no storage")
     _, kind, key, _, n = pid[:5]
-    if not isinstance(kind, StorageType) or not isinstance(key, str) or type(n) is not int or n < 0:
+    named = isinstance(kind, StorageType) and isinstance(key, str) and len(key) <= LONGEST_KEY
+    if not named or type(n) is not int or n < 0:
         raise Damaged("has a storage of no type, name or size")
     return kind.dtype, key, n
 
@@ -264,6 +275,8 @@ def _safetensors(path: Path, n_header: int) -> dict[str, Tensor]:
         raise Damaged(f"has a header of {n_header} bytes")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
+            if any(len(name) > LONGEST_KEY for name in file.keys()):  # noqa: SIM118 (no mapping)
+                raise Damaged("has a tensor of a very long name")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise Damaged(f"is no safetensors file ({error})") from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+LONGEST_KEY = 1 << 10  # of a dict, a storage or a tensor: equal texts are compared wherever one is looked up
 MOST_TEXT = 1 << 24  # of one string or bytes: a file of weights has its numbers in storages
 
 
@@ -80,3 +82,8 @@ def printable(text: str, most: int = 300) -> str:
     """A file's words as a sentence may say them: no control characters for the terminal, no pages."""
     shown = "".join(character if character.isprintable() else "?" for character in text[:most])
     return shown + ("..." if len(text) > most else "")
+
+
+def shortened(value: object) -> str:
+    """A file's value as a sentence may say it; its repr may have a million times its bytes."""
+    return printable(reprlib.repr(value), 60)

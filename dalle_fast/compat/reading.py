@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dalle_fast.compat.nodes import Node, Reference, UnreadableFile, UnsafeFile
 
-_MOST_NAMES = 1 << 24  # characters of all names together
+_MOST_NAMES = 1 << 22  # characters of all names together, and 100 for every attribute
 
 __all__ = ["Node", "Reference", "Stored", "UnreadableFile", "UnsafeFile", "read", "state_dict_of"]
 
@@ -87,14 +87,13 @@ def _tensors_of(root: Node) -> Iterator[tuple[str, Tensor]]:
             continue
         children = []
         for name, value in _attributes(node.state):
-            if not isinstance(value, Tensor | Node):
-                continue
-            left -= len(prefix) + len(name) + 100
+            is_named = isinstance(value, Tensor | Node)
+            left -= 100 + is_named * (len(prefix) + len(name))
             if left < 0:
                 raise UnreadableFile("state_dict_of: the names of a module must be of weights, got far longer ones.")
             if isinstance(value, Tensor):
                 yield prefix + name, value
-            else:
+            elif is_named:
                 children.append((f"{prefix}{name}.", value, (*above, id(node))))
         todo += reversed(children)
 

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dalle_fast.compat.nodes import MOST_TEXT, Budget, Damaged, Names, Node, Reference
+from dalle_fast.compat.nodes import LONGEST_KEY, MOST_TEXT, Budget, Damaged, Names, Node, Reference
 
 _MOST_LINE = 1 << 16
 _MOST_INTEGER = 1 << 10
@@ -25,6 +25,7 @@ _LARGEST_INT_KEY = 1 << 60  # up to here no two integers have one hash
 _MOST_OPCODES = 20_000_000
 _PROTOCOL = 5
 _CONTAINER_BYTES = 260  # of an empty one, and of its note in `nesting.py`
+_STORAGE_BYTES = 1200  # of an object, its values apart
 
 
 def unpickle(
@@ -97,6 +98,7 @@ class _Machine:
         last = self.buffer.find(b"\n", self.position, min(self.end, self.position + _MOST_LINE))
         if last < 0:
             raise Damaged("has a line without an end in its pickle")
+        self.budget.spend(last - self.position)
         line = self.take(last - self.position)
         self.position += 1
         return line
@@ -217,7 +219,8 @@ class _Machine:
         if not isinstance(what, Reference) or not isinstance(args, tuple):
             raise TypeError(f"a call of a {type(what).__name__}")
         build = self.names.call(what.name)
-        self.push(Node(what.name, args) if build is None else build(args, self.budget), 2 * _CONTAINER_BYTES)
+        self.budget.spend(2 * _CONTAINER_BYTES + 8 * len(args))
+        self.push(Node(what.name, args) if build is None else build(args, self.budget))
 
     def push_new(self) -> None:
         args = self.stack.pop()
@@ -245,8 +248,9 @@ class _Machine:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Node):
+            self.budget.spend(_CONTAINER_BYTES)
             if isinstance(target.state, Mapping) and isinstance(state, Mapping):
-                self.budget.spend(_CONTAINER_BYTES + 104 * (len(target.state) + len(state)))
+                self.budget.spend(104 * (len(target.state) + len(state)))
             object.__setattr__(target, "state", _joined(target.state, state))
         elif target is None or isinstance(target, bool | int | float | str | bytes | tuple | Reference):
             raise TypeError(f"a state for a {type(target).__name__}")
@@ -282,7 +286,11 @@ def checked_key(key: Any) -> Any:
     """
     parts = key if type(key) is tuple and len(key) <= 16 else (key,)
     for part in parts:
-        if type(part) in (tuple, complex) or (type(part) is int and abs(part) >= _LARGEST_INT_KEY):
+        if (
+            type(part) in (tuple, frozenset, complex)  # of which many have one hash
+            or (type(part) is int and abs(part) >= _LARGEST_INT_KEY)
+            or (type(part) in (str, bytes) and len(part) > LONGEST_KEY)
+        ):
             raise Damaged(f"has a key of a dict that weights do not need, a {type(part).__name__}")
     hash(key)
     return key
@@ -360,7 +368,7 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("i"): _Machine.push_instance,
     ord("o"): _Machine.push_object_of_mark,
     ord("b"): _Machine.build,
-    ord("Q"): lambda m: m.push(m.persistent(m.stack.pop()), 100),
+    ord("Q"): lambda m: m.push(m.persistent(m.stack.pop()), _STORAGE_BYTES),
     # the memo
     ord("p"): lambda m: m.remember(int(m.line()[:20])),
     ord("q"): lambda m: m.remember(m.take(1)[0]),

@@ -168,6 +168,25 @@ BOMBS = {
         + b".",
         "far more objects",
     ),
+    "states that are no dicts": (b"ctorch.nn\nLinear\n)R" + b"K\x01b" * 500_000 + b".", "far more objects"),
+    "arguments with keywords again and again": (
+        b"("
+        + b"N" * 100_000
+        + b"tq\x00ctorch.nn\nLinear\nq\x01}"
+        + text("k")
+        + b"Nsq\x02"
+        + b"h\x01h\x00h\x02\x92" * 999,
+        "far more objects",
+    ),
+    "a long text again and again": (b"(" + text("n" * 1_000_000) + b"q\x00" + b"h\x00" * 99 + b"l.", "repeats them"),
+    "a long key": (b"}" + text("n" * 5000) + b"Ns.", "a key of a dict that weights do not need, a str"),
+    "a set as a key": (b"}(K\x01\x91Ns.", "a key of a dict that weights do not need, a frozenset"),
+    "a list that contains itself": (b"]q\x00h\x00a.", "list or dict that contains itself"),
+    "dicts that contain each other": (b"}q\x00K\x01}q\x01K\x01h\x00ss.", "list or dict that contains itself"),
+    "nodes nested as keys": (
+        b"K\x01q\x00" + b"0ctorch.nn\nModule\n)R}h\x00Nsbq\x00" * 300 + b".",
+        "nests its data deeper",
+    ),
     "a state for a function": (b"ccollections\nOrderedDict\n}b.", "a state for a Reference"),
 }
 
@@ -179,10 +198,9 @@ def test_bombs(name, tmp_path):
 
 
 def test_long_names_of_modules_in_modules_are_refused(tmp_path):
-    """A key of 16 MB in the memo, used at each of 100 levels, would be a name of 1.6 GB."""
+    """A key of 1 KB in the memo, used at each of 100 levels, would make names of 5 MB."""
     level = b"ctorch.nn\nModule\n)R}h\x00h\x01sbq\x010"
-    key = b"X" + struct.pack("<I", 1 << 23) + b"n" * (1 << 23)
-    stream = key + b"q\x000ctorch.nn\nModule\n)Rq\x010" + level * 100 + b"h\x01."
+    stream = text("n" * 1000) + b"q\x000ctorch.nn\nModule\n)Rq\x010" + level * 100 + b"h\x01."
     data = read(write(tmp_path / "x.pt", archive_with_pickle(stream))).data
     with pytest.raises(UnreadableFile, match="got far longer ones"):
         state_dict_of(data)
@@ -194,9 +212,18 @@ def test_legacy_headers_share_one_budget(tmp_path):
     refused(write(tmp_path / "x.pt", magic + pickled(1001) + lists * 3), "far more objects")
 
 
-def test_a_self_containing_list_is_data(tmp_path):
-    data = read(write(tmp_path / "x.pt", archive_with_pickle(b"]q\x00h\x00a."))).data
-    assert data[0] is data
+def test_every_storage_of_a_legacy_file_is_counted(tmp_path):
+    headers = b"".join(pickled(value) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    pid = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x00Ntq\x00Q"
+    refused(write(tmp_path / "x.pt", headers + b"\x80\x02" + pid + b"h\x00Q" * 200_000 + b"."), "far more objects")
+
+
+def test_an_object_may_lead_back_to_itself_and_counts(tmp_path):
+    node = b"ctorch.nn\nModule\n)Rq\x00}" + text("own") + b"h\x00s"
+    data = read(write(tmp_path / "x.pt", archive_with_pickle(node + b"b."))).data
+    assert data.state["own"] is data
+    many = node + text("more") + b"(" + b"h\x00" * 5000 + b"lsb."
+    refused(write(tmp_path / "x.pt", archive_with_pickle(many)), "repeats them more often")
 
 
 # ---------------------------------------------------------------------------------------------------------- archives
