@@ -63,11 +63,16 @@ def load(path: str | Path, companions: Companions | None = None) -> Loaded:
 
 
 def load_vae(
-    path: str | Path, *, op: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    op: str,
+    yaml: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Any:
     """The VAE in a saved model's directory, or in weights of another package.
 
-    Args: op: how sentences begin.   dtype: None: float32.   device: None: the CPU.
+    Args: op: how sentences begin.   yaml: of a VQGAN.   dtype: None: float32.   device: None: the CPU.
     Raises: FileNotFoundError, ValueError, as `load`; TypeError (the model there is no VAE).
     """
     from dalle_fast.models.saving import CONFIG  # at call time: models read old names by compat
@@ -76,7 +81,7 @@ def load_vae(
     where = Path(path)
     if (where / CONFIG).is_file() or not where.exists():
         return saved_vae(where, op=op, dtype=dtype, device=device)
-    vae = load(where).model
+    vae = load(where, Companions(yaml=yaml)).model
     check_vae(vae, op)
     return vae.to(device=device, dtype=dtype or torch.float32)
 

@@ -266,7 +266,8 @@ def _check_options(model: nn.Module, prefixes: set[str], state_dict: Mapping[str
 
 def _check_padding_ids(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Refuses weights from before 0.9.0, which pad with id 0 under a mask and have no rows for padding ids."""
-    rows = getattr(state_dict.get("text_emb.weight"), "shape", (None,))[0]
+    embedding = state_dict.get("text_emb.weight")
+    rows = embedding.shape[0] if isinstance(embedding, Tensor) and embedding.dim() else None
     if rows is not None and rows == getattr(model, "num_text_tokens", -1) - getattr(model, "text_seq_len", 0):
         raise ValueError(
             f"load_state_dict: text_emb.weight must have a row for every padding id, {model.num_text_tokens} in all, "

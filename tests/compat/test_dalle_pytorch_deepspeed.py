@@ -137,7 +137,7 @@ def test_the_newest_step_is_the_one_that_latest_names(tmp_path):
     assert torch.equal(made(folder).to_logits.weight, second.to_logits.weight)
     (folder / "latest").write_text("global_step9")
     assert torch.equal(made(folder).to_logits.weight, first.to_logits.weight)
-    for name in ("../elsewhere", "global_step11"):
+    for name in ("../elsewhere", "..", ".", str(folder.parent), "global_step11"):
         (folder / "latest").write_text(name)
         assert torch.equal(made(folder).to_logits.weight, second.to_logits.weight)
 
@@ -182,6 +182,17 @@ def test_what_is_missing_is_named(tmp_path):
     inside.rmdir()
     with pytest.raises(ValueError, match="must hold folders global_stepN, got none"):
         made(folder)
+
+
+def test_shapes_that_are_not_those_of_the_module_are_named(tmp_path):
+    folder = write_folder(tmp_path / "d", dalle(), ranks=1, groups=1)
+    path = folder / "global_step7" / "mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=True)
+    for shape in ((1 << 40, 1 << 40), (-1,), "x", 3, torch.zeros(2)):
+        states["param_shapes"] = [{"to_logits.1.weight": shape}]
+        torch.save(states, path)
+        with pytest.raises(ValueError, match=r"must be those of the module, got others for to_logits\.1\.weight"):
+            made(folder)
 
 
 def test_parts_of_another_step_are_refused(tmp_path):

@@ -364,6 +364,14 @@ def test_sizes_that_are_not_those_of_the_weights_are_named(tmp_path):
             made(saved({**checkpoint, place: {**checkpoint[place], key: value}}, tmp_path))
 
 
+def test_another_model_is_no_vae(tmp_path):
+    checkpoint = upstream_checkpoint(dalle())
+    path = saved(checkpoint, tmp_path)
+    stored = read(path)
+    with pytest.raises(TypeError, match="load: vae"):
+        recognise(stored).load(stored, Companions(vae=path))
+
+
 def test_other_dicts_are_no_dalle(tmp_path):
     with pytest.raises(UnknownLayout):
         made(saved({"hparams": {}, "weights": {"a": torch.zeros(1)}}, tmp_path))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dalle_fast.compat.reading import Stored
 
@@ -61,3 +61,8 @@ class Format:
     describe: Callable[[Stored], Description]
     load: Callable[[Stored, Companions], nn.Module]
     keys: frozenset[str]
+
+
+def rows_of(tensor: Tensor) -> int:
+    """The first length of a tensor of any shape; of one without, 0."""
+    return tensor.shape[0] if tensor.dim() else 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle_fast.compat.formats.base import Companions, Description, Format
 from dalle_fast.compat.formats.releases import Built, built, check_contents
+from dalle_fast.compat.nodes import printable, shortened
 from dalle_fast.compat.reading import Stored
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.dvae import DiscreteVAE
@@ -107,7 +108,9 @@ def _vae(checkpoint: Mapping[str, Any], made: Built, companions: Companions, whe
     kind = vae_class(checkpoint)
     vae: Any
     if companions.vae is not None:
-        vae, given = _given_vae(companions.vae, companions), str(companions.vae)
+        from dalle_fast.compat.loading import load_vae as loaded_vae  # at call time: loading asks every format
+
+        vae, given = loaded_vae(companions.vae, op="load", yaml=companions.yaml), str(companions.vae)
     elif not tensors:
         raise ValueError(
             f"{where}: must hold its VAE, got a DALLE without one. Name it with --vae: {_needed_vae(made)}."
@@ -122,7 +125,7 @@ def _vae(checkpoint: Mapping[str, Any], made: Built, companions: Companions, whe
         vae, given = _vqgan(tensors, made), f"the one in {where}"
     else:
         raise ValueError(
-            f"{where}: its VAE must be a DiscreteVAE, OpenAI's or a VQGAN, got {kind} ({some(list(tensors))}). "
+            f"{where}: its VAE must be a DiscreteVAE, OpenAI's or a VQGAN, got {kind:.60} ({some(list(tensors))}). "
             "Name another one with --vae."
         )
     found = (vae.num_tokens, vae.image_size // 2**vae.num_layers)
@@ -132,12 +135,6 @@ def _vae(checkpoint: Mapping[str, Any], made: Built, companions: Companions, whe
             f"{made.grid[0]} x {made.grid[1]}, found {found[0]} codes in a grid of {found[1]} x {found[1]} ({given})."
         )
     return vae
-
-
-def _given_vae(path: Path, companions: Companions) -> nn.Module:
-    from dalle_fast.compat.loading import load  # at call time: loading asks every format
-
-    return load(path, Companions(yaml=companions.yaml)).model
 
 
 def _vqgan(tensors: Mapping[str, Tensor], made: Built) -> nn.Module:
@@ -164,23 +161,40 @@ def _needed_vae(made: Built) -> str:
 
 def load_vae(hparams: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> DiscreteVAE:
     """A DiscreteVAE with these tensors, frozen by nobody, in evaluation mode. Raises ValueError."""
-    if not isinstance(hparams, Mapping):
-        raise ValueError(f"{where}: must hold the arguments of its DiscreteVAE, got {type(hparams).__name__}.")
-    check_contents(hparams, tensors)
-    unknown = sorted(set(hparams) - set(inspect.signature(DiscreteVAE.__init__).parameters) - {"self"})
-    if unknown:
-        raise ValueError(f"{where}: must hold arguments of a DiscreteVAE, got {some(unknown)}. Is it such a file?")
-    for name, default, pattern in (("num_layers", 3, _HALVING), ("num_resnet_blocks", 0, _BLOCK)):
-        found = sum(pattern.fullmatch(key) is not None for key in tensors)
-        said = hparams.get(name, default)
-        if said != found:
-            raise ValueError(
-                f"{where}: hparams must be those of the weights, got {name} = {said!r} and weights of {found}. "
-                "Do they belong together?"
-            )
+    _check_vae(hparams, tensors, where)
     vae = _unfilled(DiscreteVAE, where, **hparams)
     _fill(vae, tensors, where)
     return vae.eval()
+
+
+def _check_vae(hparams: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raises ValueError where hparams are not those of the tensors, before anything is built."""
+    if not isinstance(hparams, Mapping):
+        raise ValueError(f"{where}: must hold the arguments of its DiscreteVAE, got {type(hparams).__name__}.")
+    check_contents(hparams, tensors)
+    parameters = inspect.signature(DiscreteVAE.__init__).parameters
+    if unknown := sorted(set(hparams) - (set(parameters) - {"self"})):
+        raise ValueError(f"{where}: must hold arguments of a DiscreteVAE, got {some(unknown)}. Is it such a file?")
+    n_layers, n_blocks = (sum(pattern.fullmatch(key) is not None for key in tensors) for pattern in (_HALVING, _BLOCK))
+    if 4 * n_layers + 12 * n_blocks > len(tensors):
+        raise ValueError(
+            f"{where}: must hold all tensors of {n_layers} layers and {n_blocks} blocks, got {len(tensors)}. Is the "
+            "file whole?"
+        )
+    codebook = tensors.get("codebook.weight")
+    num_tokens, codebook_dim = (0, 0) if codebook is None or codebook.dim() != 2 else codebook.shape
+    for name, found in (
+        ("num_layers", n_layers),
+        ("num_resnet_blocks", n_blocks),
+        ("num_tokens", num_tokens),
+        ("codebook_dim", codebook_dim),
+    ):
+        said = hparams.get(name, parameters[name].default)
+        if said != found:
+            raise ValueError(
+                f"{where}: hparams must be those of the weights, got {name} = {shortened(said)} and weights of {found}."
+                " Do they belong together?"
+            )
 
 
 def _unfilled(cls: type[_Model], where: Path, **arguments: Any) -> _Model:
@@ -199,7 +213,7 @@ def _fill(model: Pretrained, tensors: Mapping[str, Tensor], where: Path) -> None
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # names that are missing or unknown
-        said = " ".join(str(error).split())
+        said = printable(" ".join(str(error).split()), 1000)
         raise ValueError(f"{where}: must hold the tensors of its {type(model).__name__}. {said}") from None
     tie_again(model, tied)
 
@@ -249,9 +263,10 @@ def _matches_vae(stored: Stored) -> bool:
 
 
 def _describe_vae(stored: Stored) -> Description:
-    weights = stored.data["weights"]
+    hparams, weights = stored.data["hparams"], stored.data["weights"]
+    _check_vae(hparams, weights, stored.path)
     architecture: dict[str, object] = {
-        **stored.data["hparams"],
+        **hparams,
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "dtype": _dtypes(weights.values()),
     }
@@ -268,9 +283,8 @@ def _matches_alone(stored: Stored) -> bool:
 
 
 def _describe_alone(stored: Stored) -> Description:
-    return Description(
-        "DALLE", ALONE_FORMAT, {"parameters": sum(t.numel() for t in stored.data.values())}, _NO_ARGUMENTS
-    )
+    n = sum(value.numel() for value in stored.data.values() if isinstance(value, Tensor))
+    return Description("DALLE", ALONE_FORMAT, {"parameters": n}, _NO_ARGUMENTS)
 
 
 def _load_alone(stored: Stored, companions: Companions) -> DALLE:

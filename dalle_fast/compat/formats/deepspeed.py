@@ -15,6 +15,7 @@ Source: DeepSpeed's zero_to_fp32.py, for the layout.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
@@ -70,12 +71,13 @@ def checkpoint_in(folder: Path, *, merged: bool = True) -> dict[str, Any]:
 
 def _step(folder: Path) -> Path:
     """The folder of the step that `latest` names, or of the last one. Raises ValueError."""
-    named = folder / _LATEST
-    if named.is_file():
-        step = folder / named.read_text(encoding="utf-8", errors="replace").strip()
-        if step.parent == folder and step.is_dir():
-            return step
-    steps = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+    # what the file says is compared with the folders that are there; no path is made of it
+    inside = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    if (folder / _LATEST).is_file():
+        named = (folder / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        if named in inside:
+            return inside[named]
+    steps = {int(match[1]): path for name, path in inside.items() if (match := _STEP.fullmatch(name))}
     if not steps:
         raise ValueError(f"{folder} must hold folders global_stepN, got none. Copy them there: they are the weights.")
     return steps[max(steps)]
@@ -112,19 +114,19 @@ def _merged(step: Path, states: Mapping[Any, Any], module: dict[str, Tensor]) ->
     optimisers = [_optimiser(path) for path in parts] if narrow and shapes else []
     if not optimisers:
         return module
-    n_ranks = _ranks(optimisers[0])
+    n_ranks = _ranks(optimisers[0], len(parts))
     if n_ranks != len(parts):
         raise ValueError(
             f"{step} must hold the optimiser's states of {n_ranks} ranks, got those of {len(parts)}. Copy the others "
             "there, or none: then it is loaded in 16 bits."
         )
+    _check_shapes(shapes, module, step)
     wide: dict[str, Tensor] = {}
     for number, names in enumerate(shapes):
         of_ranks = [_of_group(path, optimiser, number) for path, optimiser in zip(parts, optimisers, strict=True)]
         wide.update(_unflattened([part for dealt in zip_longest(*of_ranks) for part in dealt], names, step))
     tied = aliases(module)
     wide.update({name: wide[first] for name, first in tied.items() if first in wide and name not in wide})
-    _check_shapes(wide, module, step)
     return module | wide
 
 
@@ -149,19 +151,32 @@ def _of_group(path: Path, optimiser: Mapping[str, Any], number: int) -> list[Ten
     raise ValueError(f"{path} must hold group {number} of the weights as {_FLAT}, got none. Is it of the same step?")
 
 
-def _shapes(stored: Any) -> list[dict[str, tuple[int, ...]]]:
+def _shapes(stored: Any) -> list[Mapping[Any, Any]]:
     """Name -> shape of every group; older releases stored one group without its list, yet older ones nothing."""
     groups = [stored] if isinstance(stored, Mapping) else stored if isinstance(stored, list | tuple) else []
-    return [
-        {str(name): tuple(shape) for name, shape in group.items()} for group in groups if isinstance(group, Mapping)
+    return [group for group in groups if isinstance(group, Mapping)]
+
+
+def _check_shapes(shapes: Sequence[Mapping[Any, Any]], module: Mapping[str, Tensor], step: Path) -> None:
+    wrong = [
+        str(name)
+        for group in shapes
+        for name, shape in group.items()
+        if name not in module or not module[name].numel() or not _is_shape(shape, module[name])
     ]
+    if wrong:
+        raise ValueError(f"{step}: param_shapes must be those of the module, got others for {some(wrong)}.")
 
 
-def _ranks(optimiser: Mapping[str, Any]) -> int:
-    """How many parts a group was cut into."""
-    count = optimiser.get("partition_count", 1)
+def _is_shape(shape: object, tensor: Tensor) -> bool:
+    return isinstance(shape, tuple) and shape == tuple(tensor.shape)
+
+
+def _ranks(optimiser: Mapping[str, Any], otherwise: int) -> int:
+    """How many parts a group was cut into, where it is said."""
+    count = optimiser.get("partition_count")
     counts = [n for n in (count if isinstance(count, list | tuple) else [count]) if isinstance(n, int)]
-    return max(counts, default=1)
+    return max(counts, default=otherwise)
 
 
 def _unflattened(
@@ -179,19 +194,10 @@ def _unflattened(
         )
     tensors = {}
     for (name, shape), (first, last) in zip(shapes.items(), pairwise([0, *accumulate(sizes)]), strict=True):
-        pieces = [
-            part[max(first - start, 0) : last - start]
-            for part, start, end in zip(parts, ends, ends[1:], strict=False)
-            if start < last and end > first
-        ]
+        at, behind = bisect_right(ends, first) - 1, bisect_left(ends, last)
+        pieces = [part[max(first - ends[i], 0) : last - ends[i]] for i, part in enumerate(parts[at:behind], at)]
         tensors[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shape)
     return tensors
-
-
-def _check_shapes(wide: Mapping[str, Tensor], module: Mapping[str, Tensor], step: Path) -> None:
-    wrong = [name for name, tensor in wide.items() if name not in module or module[name].shape != tensor.shape]
-    if wrong:
-        raise ValueError(f"{step}: param_shapes must be those of the module, got others for {some(wrong)}.")
 
 
 # -------------------------------------------------------------------------------------------------------------- format

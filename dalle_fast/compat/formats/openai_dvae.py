@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dalle_fast.compat.formats.base import Companions, Description, Format
@@ -40,6 +39,7 @@ _PLACES = (
 )
 _CONV = re.compile(r"(group_\d+\.block_\d+)\.res_path\.conv_(\d+)")
 _FIRST = "blocks.input.w"
+_LEAST_OF_BLOCK = 2 * 4 * 8  # tensors: one block in each group of both parts, four convolutions each
 
 
 # ---------------------------------------------------------------------------------------------------------- tensors
@@ -55,8 +55,10 @@ def our_names(state_dict: dict[str, Any], prefix: str = "") -> dict[str, Tensor]
         match = _THEIRS.fullmatch(name[len(prefix) :])
         if match and (ours := _our_name(**match.groupdict())):
             tensor = state_dict.pop(name)
-            # A 1x1 convolution of one-hot codes picks columns of its weight: here they are rows.
-            renamed[prefix + ours] = tensor.flatten(1).T.contiguous() if ours == "codebook.weight" else tensor
+            if ours == "codebook.weight" and tensor.dim() == 4:
+                # A 1x1 convolution of one-hot codes picks columns of its weight: here they are rows.
+                tensor = tensor.flatten(1).T.contiguous()
+            renamed[prefix + ours] = tensor
     return renamed
 
 
@@ -78,6 +80,8 @@ def sizes_of(tensors: Mapping[str, Tensor]) -> Sizes:
         hidden_dim, channels = tensors["encoder.input.weight"].shape[:2]
         num_tokens, codebook_dim = tensors["codebook.weight"].shape
         blocks = {name.split(".")[2] for name in tensors if name.startswith("encoder.group_1.block_")}
+        if _LEAST_OF_BLOCK * len(blocks) > len(tensors):
+            raise ValueError(f"{len(tensors)} tensors for groups of {len(blocks)} blocks")
         return Sizes(num_tokens, channels, hidden_dim, codebook_dim, len(blocks))
     except (KeyError, ValueError) as error:
         raise ValueError(
@@ -162,7 +166,8 @@ def _describe_part(stored: Stored) -> Description:
     assert part is not None
     other = _other_file(stored, part, Companions())
     tensors = state_dict_of(stored.data)
-    first, last = (tensors.get(name, torch.empty(0, 0)).shape for name in (_FIRST, "blocks.output.conv.w"))
+    found = [tensors.get(name) for name in (_FIRST, "blocks.output.conv.w")]
+    first, last = ((0, 0) if tensor is None or tensor.dim() != 4 else tensor.shape[:2] for tensor in found)
     sizes = {"channels": first[1], "hidden_dim": first[0], "num_tokens": last[0]}
     if part == "decoder":
         sizes = {"channels": last[0] // 2, "hidden_dim": last[1], "num_tokens": first[1], "codebook_dim": first[0]}

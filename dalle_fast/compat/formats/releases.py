@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -31,7 +32,9 @@ import torch
 from torch import Tensor
 
 from dalle_fast import patterns
+from dalle_fast.compat.formats.base import rows_of
 from dalle_fast.compat.names import Wrapping, block_layouts, wrapping_of
+from dalle_fast.compat.nodes import shortened
 from dalle_fast.layout import TokenLayout
 from dalle_fast.models.dalle import DALLE
 from dalle_fast.models.rotary import rotary_angles
@@ -43,6 +46,9 @@ _LAYER = re.compile(r"transformer\.layers\.(?:layers|blocks)\.(\d+)\.")
 TYPES = ("full", "sparse", "axial_row", "axial_col", "conv_like")
 CENTRED_CONV = "paper_conv kernel=5 wrap=none"  # conv_like before 1.5.0
 _UP_LEFT_SINCE = (1, 5)
+_VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})[.+\w-]{0,40}", re.ASCII)
+_LEAST_TENSORS = 8  # of a layer's 13: a name or two may be missing, and strict loading says which
+_MOST_POSITIONS = 1 << 16  # of text and image: masks of layers are made for them
 _BEFORE_LAYER_SCALE = (
     "releases before 0.8.0 have no LayerScale, and 0.5.0 to 0.6.0 other norms. Run it with its release"
 )
@@ -77,6 +83,7 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
     Raises: ValueError (tensors that belong to no DALLE, or contradict each other).
     """
     check_contents(hparams, weights)
+    said_version = version if isinstance(version, str) and _VERSION.fullmatch(version) else ""
     wrapping = wrapping_of(weights).get("transformer.")
     if wrapping is None:
         raise ValueError("dalle_pytorch: weights must hold transformer.layers, got none. Is the file a DALLE?")
@@ -84,9 +91,9 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
         return Built("before 0.8.0", dict(hparams), problem=problem)
     text_len = _count(hparams, "text_seq_len", 256) + 1
     vocabulary = _count(hparams, "num_text_tokens", 10000)
-    if "text_emb.weight" in weights and len(weights["text_emb.weight"]) == vocabulary:
+    if "text_emb.weight" in weights and rows_of(weights["text_emb.weight"]) == vocabulary:
         return Built("0.8.0 to 0.8.3", dict(hparams), problem=_NO_PADDING_IDS)
-    release = _release(weights, wrapping, version)
+    release = said_version or _release(weights, wrapping)
     grid = _grid(weights, text_len)
     num_image_tokens = len(_head(weights)) - vocabulary - (text_len - 1)
     arguments = {
@@ -105,7 +112,8 @@ def built(hparams: Mapping[str, Any], weights: Mapping[str, Tensor], version: ob
         problem = "" if rounded_to else _OTHER_ANGLES
     if not problem:
         layouts = block_layouts(weights)
-        arguments["attn_types"], problem = _types(arguments, layouts, _centred(version, wrapping), text_len, grid)
+        centred = _centred(said_version, wrapping)
+        arguments["attn_types"], problem = _types(arguments, layouts, centred, text_len, grid)
     return Built(release, arguments, grid, num_image_tokens, problem)
 
 
@@ -119,12 +127,14 @@ def check_contents(hparams: Mapping[Any, Any], weights: Mapping[Any, Any]) -> No
             item is None or isinstance(item, bool | int | float | str) for item in items
         ):
             raise ValueError(
-                f"dalle_pytorch: hparams must be numbers, words and lists of them, got {name!r:.60} = {value!r:.60}."
+                "dalle_pytorch: hparams must be numbers, words and lists of them, got "
+                f"{shortened(name)} = {shortened(value)}."
             )
     for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.numel():
             raise ValueError(
-                f"dalle_pytorch: weights must be tensors by name, got {type(tensor).__name__} as {name!r:.60}."
+                "dalle_pytorch: weights must be tensors with values, by name, got "
+                f"{list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__} as {shortened(name)}."
             )
 
 
@@ -138,9 +148,7 @@ def _too_old(weights: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _release(weights: Mapping[str, Tensor], wrapping: Wrapping, version: object) -> str:
-    if isinstance(version, str):
-        return version
+def _release(weights: Mapping[str, Tensor], wrapping: Wrapping) -> str:
     positions = weights.get("transformer.pos_emb")
     if wrapping.wrappers in ((5, 4), (3, 2)):
         return "1.4.0 or later"
@@ -153,9 +161,9 @@ def _release(weights: Mapping[str, Tensor], wrapping: Wrapping, version: object)
     return "1.0.0 to 1.1.5" if wrapping.shift_tokens else "0.10.0 to 1.1.5"
 
 
-def _centred(version: object, wrapping: Wrapping) -> bool:
+def _centred(version: str, wrapping: Wrapping) -> bool:
     """Whether windows of conv_like lie around the query."""
-    if isinstance(version, str) and (match := re.match(r"(\d+)\.(\d+)", version)):
+    if match := _VERSION.fullmatch(version):
         return (int(match[1]), int(match[2])) < _UP_LEFT_SINCE
     return wrapping.wrappers not in ((5, 4), (3, 2))  # no version: before 1.1.6, or taken out of a later file
 
@@ -172,10 +180,20 @@ def _head(weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _grid(weights: Mapping[str, Tensor], text_len: int) -> tuple[int, int]:
-    """Rows and columns of image tokens. Raises ValueError."""
+    """Rows and columns of image tokens, no more than a model has. Raises ValueError."""
+    rows, cols = _rows_and_columns(weights, text_len)
+    if text_len + rows * cols > _MOST_POSITIONS:
+        raise ValueError(
+            f"dalle_pytorch: a model must have at most {_MOST_POSITIONS} positions, got {text_len} of text and a grid "
+            f"of {rows} x {cols}. Is it such a file?"
+        )
+    return rows, cols
+
+
+def _rows_and_columns(weights: Mapping[str, Tensor], text_len: int) -> tuple[int, int]:
     positions = weights.get("transformer.pos_emb")
     if positions is not None:
-        n = positions.shape[-2] + (positions.dim() == 4) - text_len
+        n = (positions.shape[-2] if positions.dim() > 1 else 0) + (positions.dim() == 4) - text_len
         side = math.isqrt(max(n, 0))
         if side < 1 or side * side != n:
             raise ValueError(
@@ -197,24 +215,24 @@ def _grid(weights: Mapping[str, Tensor], text_len: int) -> tuple[int, int]:
 
 def _check_sizes(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], num_image_tokens: int) -> None:
     """Raises ValueError where hparams say another size than the tensors have, before it is built."""
-    layers = {match[1] for name in weights if (match := _LAYER.match(name))}
-    found = {"dim": _head(weights).shape[1], "depth": len(layers)}
+    layers = Counter(match[1] for name in weights if (match := _LAYER.match(name)))
+    found = {"dim": _head(weights).shape[1], "depth": sum(n >= _LEAST_TENSORS for n in layers.values())}
     said: dict[str, object] = {name: arguments[name] for name in found}
     projection = next((tensor for name, tensor in weights.items() if name.endswith(".to_qkv.weight")), None)
     if projection is not None:
-        found["heads * dim_head"] = len(projection) // 3
+        found["heads * dim_head"] = rows_of(projection) // 3
         said["heads * dim_head"] = _count(arguments, "heads", 8) * _count(arguments, "dim_head", 64)
     for name, tensor, size in (
         ("text_seq_len + 1", "text_pos_emb.weight", _count(arguments, "text_seq_len", 256) + 1),
         ("codes", "image_emb.weight", num_image_tokens),
     ):
         if tensor in weights:
-            found[name], said[name] = len(weights[tensor]), size
+            found[name], said[name] = rows_of(weights[tensor]), size
     for name, size in found.items():
         if said[name] != size:
             raise ValueError(
-                f"dalle_pytorch: hparams must be those of the weights, got {name} = {said[name]!r} and weights of "
-                f"{size}. Do they belong together?"
+                f"dalle_pytorch: hparams must be those of the weights, got {name} = {shortened(said[name])} and"
+                f" weights of {size}. Do they belong together?"
             )
 
 
@@ -239,8 +257,11 @@ def _rounded_to(
     stored = weights.get("transformer.pos_emb")
     if stored is None:
         return "float32"
-    ours = rotary_angles(TokenLayout(text_len, grid), _count(arguments, "dim_head", 64))[: stored.shape[-2]]
-    if not stored.is_floating_point() or stored.flatten(0, -2).shape != ours.shape:
+    dim_head = _count(arguments, "dim_head", 64)
+    if not stored.is_floating_point() or stored.shape[-1] != 6 * (dim_head // 6):
+        return None
+    ours = rotary_angles(TokenLayout(text_len, grid), dim_head)[: stored.shape[-2]]
+    if stored.flatten(0, -2).shape != ours.shape:
         return None
     stored = stored.flatten(0, -2).float()
     rounded = {name: ours.to(getattr(torch, name)).float() for name in ROTARY_DTYPES}
@@ -288,5 +309,7 @@ def _count(hparams: Mapping[str, Any], name: str, default: int) -> int:
     """An argument that is a number of at least 1. Raises ValueError."""
     value = hparams.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"dalle_pytorch: hparams must have {name} of at least 1, got {value!r}. Is it such a file?")
+        raise ValueError(
+            f"dalle_pytorch: hparams must have {name} of at least 1, got {shortened(value)}. Is it such a file?"
+        )
     return value

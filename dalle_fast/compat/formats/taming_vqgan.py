@@ -11,14 +11,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from dalle_fast.compat.formats.base import Companions, Description, Format
+from dalle_fast.compat.formats.base import Companions, Description, Format, rows_of
 from dalle_fast.models.state_dicts import some
 from dalle_fast.models.unfilled import unfilled
 from dalle_fast.models.vqgan import WHERE_FROM, VQGanArchitecture, VQGanVAE
@@ -30,6 +29,8 @@ _NAME = "taming-transformers VQGAN (.ckpt, .yaml)"
 _TARGETS = {"taming.models.vqgan.VQModel": "vq", "taming.models.vqgan.GumbelVQ": "gumbel"}
 _CODEBOOKS = {"quantize.embedding.weight": "vq", "quantize.embed.weight": "gumbel"}
 _ALWAYS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight")
+_LEAST_OF_BLOCK = 2 * 8  # tensors: a block of the encoder and one of the decoder, two norms and two convolutions each
+_MOST_YAML = 1 << 18  # bytes; those that were published have 2,000
 _USED = "quantize.used"
 _NOT_OURS = ("loss.", "colorize")  # the loss of the training; colours for its pictures of segmentations
 
@@ -134,7 +135,7 @@ def own_names(model: VQGanVAE, state_dict: Mapping[str, Tensor]) -> dict[str, Te
     if (used := _used(weights)) is not None:
         del weights[_USED]
         for name in (*_CODEBOOKS, "quantize.proj.weight", "quantize.proj.bias"):
-            if name in weights:
+            if name in weights and rows_of(weights[name]) > int(used.max()):  # of another shape: for loading to report
                 weights[name] = weights[name][used]
     return {ours.get(name, name): tensor for name, tensor in weights.items()}
 
@@ -161,14 +162,27 @@ def weights_of(stored: Stored) -> dict[str, Tensor]:
             f"VQGanVAE: {stored.path} must hold a VQModel or GumbelVQ of taming-transformers"
             f" ({', '.join(_ALWAYS)}, ...), got something else. `dalle-fast info` says what it is."
         )
-    return {name: value for name, value in _named(stored).items() if isinstance(value, Tensor)}
+    return {name: t for name, t in _named(stored).items() if isinstance(name, str) and isinstance(t, Tensor)}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them mean 2 ** 100 values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, which no configuration needs")
+        return super().compose_node(parent, index)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The yaml of a VQGAN. Raises ValueError (it is none), OSError."""
+    with open(path, "rb") as file:
+        data = file.read(_MOST_YAML + 1)
+    if len(data) > _MOST_YAML:
+        raise ValueError(f"VQGanVAE: {path} must be the YAML of a model, got more than {_MOST_YAML} bytes.")
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        config = yaml.load(data.decode("utf-8"), _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: numbers, dates, UTF-8
         reason = str(error).partition("\n")[0]
         raise ValueError(f"VQGanVAE: {path} must be YAML, got something else ({reason}). Copy it again.") from None
     if not isinstance(config, dict):
@@ -205,6 +219,12 @@ def _seen_in_tensors(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             f"VQGanVAE: the widths of encoder.down must be multiples of that of encoder.conv_in, {first_width}, got"
             f" {', '.join(map(str, widths))}."
         )
+    num_res_blocks = _count(weights, "encoder.down.0.block.{}.conv1.weight")
+    if _LEAST_OF_BLOCK * levels * num_res_blocks > len(weights):
+        raise ValueError(
+            f"VQGanVAE: weights must be those of {levels} levels of {num_res_blocks} blocks, got {len(weights)} in all."
+            " Is the file whole?"
+        )
     return {
         "channels": channels,
         "num_tokens": num_tokens,
@@ -213,7 +233,7 @@ def _seen_in_tensors(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "z_channels": _shape(weights, "encoder.conv_out.weight", 4)[0],
         "hidden_dim": first_width,
         "multipliers": tuple(width // first_width for width in widths),
-        "num_res_blocks": _count(weights, "encoder.down.0.block.{}.conv1.weight"),
+        "num_res_blocks": num_res_blocks,
         "attention_levels": tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in weights),
     }
 
