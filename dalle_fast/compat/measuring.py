@@ -19,13 +19,23 @@ def tensors_in(stored: Stored) -> tuple[list[Tensor], list[Tensor]]:
 
     Raises: ValueError (a file of the directory that cannot be read).
     """
+    weights: list[Tensor] = []
+    others: list[Tensor] = []
+    for part in _files_of(stored):
+        held = list(_different(iter(weights_of(part.data).values())))
+        every = list(_different(chain(held, _tensors(part.data))))
+        weights += held
+        others += every[len(held) :]
+    return (weights, others) if weights else (others, [])
+
+
+def _files_of(stored: Stored) -> Iterator[Stored]:
     if stored.container != "directory":
-        weights = list(_different(iter(weights_of(stored.data).values())))
-        every = list(_different(chain(weights, _tensors(stored.data))))
-        return (weights, every[len(weights) :]) if weights else (every, [])
-    paths = sorted(path for path in stored.path.rglob("*") if path.is_file() and path.suffix in _SUFFIXES)
-    parts = [tensors_in(read(path)) for path in paths]
-    return [tensor for weights, _ in parts for tensor in weights], [tensor for _, more in parts for tensor in more]
+        yield stored
+        return
+    for path in sorted(stored.path.rglob("*")):
+        if path.is_file() and path.suffix in _SUFFIXES:
+            yield read(path)
 
 
 def _different(tensors: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -67,9 +67,10 @@ def weights_of(data: Any) -> dict[str, Tensor]:
             return state_dict_of(data)
         if not isinstance(data, Mapping):
             break
-        if any(isinstance(value, Tensor) for value in data.values()):
+        inner = next((data[name] for name in _INSIDE if isinstance(data.get(name), Mapping | Node)), None)
+        if inner is None:
             return {key: value for key, value in data.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        data = next((data[name] for name in _INSIDE if isinstance(data.get(name), Mapping | Node)), None)
+        data = inner
     return {}
 
 
