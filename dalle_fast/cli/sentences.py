@@ -9,6 +9,13 @@ import click
 from click.exceptions import Abort, Exit
 
 
+class _Sentence(click.ClickException):
+    """Says nothing to the terminal but characters: a file's names may be in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() or c in "\n\t" else "?" for c in message))
+
+
 @contextmanager
 def in_sentences() -> Iterator[None]:
     """Turns what input, memory and disks raise into click's errors, without a traceback."""
@@ -17,10 +24,11 @@ def in_sentences() -> Iterator[None]:
     except (click.ClickException, Exit, Abort):
         raise
     except MemoryError as error:
-        raise click.ClickException(str(error) or "sample: there is not enough memory. Take a smaller batch.") from None
+        said = "there is not enough memory. Close other programs, or take a smaller batch."
+        raise _Sentence(str(error) or f"dalle-fast: {said}") from None
     except OSError as error:
         if error.filename is None or error.strerror is None:
-            raise click.ClickException(str(error)) from None
-        raise click.ClickException(f"{error.filename}: {error.strerror}. Name a path you can use.") from None
+            raise _Sentence(str(error)) from None
+        raise _Sentence(f"{error.filename}: {error.strerror}. Name a path you can use.") from None
     except (ValueError, TypeError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
+        raise _Sentence(str(error)) from None

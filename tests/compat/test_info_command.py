@@ -95,6 +95,11 @@ def test_the_page_has_a_row_for_every_layout_and_its_code_runs(tmp_path, monkeyp
     assert (tmp_path / "model" / "config.json").is_file()
 
 
+def test_names_do_not_steer_the_terminal(tmp_path):
+    (tmp_path / "\x1b[2J.txt").write_text("x")
+    assert "got one with ?[2J.txt" in info(tmp_path, code=1)
+
+
 def test_a_missing_file_and_an_unknown_directory(tmp_path):
     assert "which is not there" in info(tmp_path / "x.pt", code=1)
     (tmp_path / "notes.txt").write_text("x")
