@@ -173,6 +173,7 @@ BAD = {
         ["--vae", "large.pt"],
         "expected 30 codes in a grid of 8 x 8, found 30 codes in a grid of 16 x 16",
     ),
+    "a DALLE as VAE": (["--vae", "old.pt"], "vae must have image_size"),
     "no VAE": (["--vae", "words.json"], "words.json"),
     "another vocabulary": (["--tokenizer", "many.json"], "must have at most the model's 20 tokens, got 26"),
     "YouTokenToMe": (["--tokenizer", "bpe.model"], "looks like YouTokenToMe's"),
