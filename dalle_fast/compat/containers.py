@@ -106,12 +106,14 @@ class _Bytes:
         self.buffer, self.descriptor = buffer, descriptor
         self.budget = Budget(_MOST_OBJECTS)
         self._may_copy = len(buffer) + _MOST_COPIED
-        self._whole = torch.frombuffer(buffer, dtype=torch.uint8)
 
     def tensor(self, first: int, n_bytes: int, dtype: torch.dtype, *, swapped: bool = False) -> Tensor:
         """A storage [n_bytes / itemsize]: a view of the map where its place and byte order allow it."""
         if not swapped and first % max(dtype.itemsize, 8) == 0:
-            return self._whole[first : first + n_bytes].view(dtype)
+            if not n_bytes:
+                return torch.empty(0, dtype=dtype)
+            # A storage each, no part of one: what shares a storage is saved as a whole by some, and once by others.
+            return torch.frombuffer(self.buffer, dtype=dtype, count=n_bytes // dtype.itemsize, offset=first)
         self.count_copy(n_bytes)
         copied = torch.empty(n_bytes, dtype=torch.uint8)
         target, done = copied.numpy().data, 0
