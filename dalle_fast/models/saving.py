@@ -299,7 +299,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"from_pretrained: {path} must have format_version {FORMAT_VERSION}, got {config['format_version']}. "
             "Update dalle_fast."
         )
-    config.setdefault("models", [])
+    models = config.setdefault("models", [])
+    # They are folders inside this one: a path could lead anywhere.
+    if not isinstance(models, list) or not all(isinstance(name, str) and name.isidentifier() for name in models):
+        raise ValueError(
+            f"from_pretrained: models in {path} must be names of arguments, got {str(models)[:80]!r}. Save it again."
+        )
     return config
 
 

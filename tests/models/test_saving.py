@@ -257,6 +257,12 @@ def _damage(directory: Path, file: str, content: bytes | None) -> None:
             ValueError,
             "must hold a CLIP",
         ),
+        (
+            "config.json",
+            b'{"format_version": 1, "class": "CLIP", "arguments": {}, "models": ["../vae"]}',
+            ValueError,
+            "must be names of arguments, got .*vae",
+        ),
         ("model.safetensors", None, FileNotFoundError, "must hold model.safetensors, got none"),
         ("model.safetensors", b"not safetensors at all", ValueError, "must be a safetensors file"),
     ],
